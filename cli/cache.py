@@ -1,0 +1,62 @@
+"""`finetune cache list|clear`: the cached features."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.console import print_lines, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Show or clear cached features.")
+
+Folder = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of cached features.", show_default="the user's")]
+
+
+@app.command("list")
+def list_command(
+    cache_dir: Folder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """List cached features, the most recently used first."""
+    from finetune.cache import default_cache_dir, list_entries
+    from finetune.plan import size
+
+    folder = cache_dir or default_cache_dir()
+    entries = list_entries(folder)
+    if as_json:
+        rows = [{"key": e.key, "bytes": e.bytes, "used": e.used, "about": e.about} for e in entries]
+        print(json.dumps(rows, indent=2))
+        return
+    if not entries:
+        print_lines([f"No cached features in {folder}."])
+        return
+    columns = [("key", "left"), ("size", "right"), ("last used", "left"), ("rows", "right"), ("made of", "left")]
+    table = [
+        [
+            e.key[:12],
+            size(e.bytes),
+            datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"),
+            f"{e.about.get('rows', 0):,}",
+            f"{e.about.get('view', '?')}, {e.about.get('image_size', '?')} px, {e.about.get('dtype', '?')}",
+        ]
+        for e in entries
+    ]
+    print_table(str(folder), columns, table)
+    print_lines(["", f"{len(entries)} entries, {size(sum(e.bytes for e in entries))}"])
+
+
+@app.command("clear")
+def clear_command(cache_dir: Folder = None) -> None:
+    """Delete all cached features, except those that a run is writing now."""
+    from finetune.cache import clear, default_cache_dir, list_entries
+    from finetune.plan import size
+
+    folder = cache_dir or default_cache_dir()
+    entries = list_entries(folder)
+    freed = clear(folder, entries)
+    kept = len(list_entries(folder))
+    print_lines([f"{size(freed)} freed, {len(entries) - kept} entries deleted" + (f", {kept} in use kept" if kept else "")])

@@ -1,0 +1,127 @@
+"""What people see: progress bars on a terminal, plain lines in a pipe. The only module that knows rich.
+
+Everything goes to standard error, so that standard output holds results alone (`--json` can be piped).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from finetune.plan import Plan
+
+PLAIN_SECONDS = 10.0  # a pipe gets a line of progress this often: a log of an hour stays below 400 lines
+
+
+class Screen:
+    """Turns a run's events into text.
+
+    Args:
+        quiet: show errors only.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.live = self.console.is_terminal and not quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._what = ""
+        self._told = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+
+    def note(self, text: str) -> None:
+        """Print a sentence."""
+        self.console.print(text, markup=False, style="dim" if self.live else None)
+
+    def plan(self, plan: Plan) -> None:
+        """Print the plan."""
+        self._end_bar()
+        for line in plan.sentences():
+            self.console.print(line, markup=False)
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """Print a finished epoch's figures."""
+        self._end_bar()
+        val = "" if row["val_accuracy"] is None else f"  val {row['val_accuracy']:.2f} % loss {row['val_loss']:.3f}"
+        self.console.print(
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train {row['train_accuracy']:.2f} % loss "
+            f"{row['train_loss']:.3f}{val}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s",
+            markup=False,
+        )
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far something has come."""
+        if what != self._what:
+            self._end_bar()
+            self._what, self._began, self._told = what, time.monotonic(), time.monotonic()
+        if self.live:
+            self._show_bar(what, done, total)
+        elif total and done < total and time.monotonic() - self._told > PLAIN_SECONDS:
+            self._told = time.monotonic()
+            left = (self._told - self._began) * (total - done) / max(done, 1)
+            self.console.print(f"{what}: {done:,} of {total:,}, about {left:.0f} s left", markup=False)
+        if total and done >= total:
+            self._end_bar()
+
+    def _show_bar(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total or None)
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total or None)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._task, self._what = None, None, ""
+
+
+def print_error(text: str) -> None:
+    """Print an error's one text to standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] ", end="")
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_table(title: str, columns: list[tuple[str, str]], rows: list[list[str]]) -> None:
+    """Print a table to standard output.
+
+    Args:
+        title: above the table.
+        columns: (heading, "left" or "right").
+        rows: texts, printed as they are.
+    """
+    console = Console(highlight=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading, justify in columns:
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[cell.replace("[", r"\[") for cell in row])
+    console.print(table)
+
+
+def print_lines(lines: list[str]) -> None:
+    """Print lines to standard output as they are."""
+    for line in lines:
+        print(line)

@@ -1,0 +1,65 @@
+"""The `finetune` command: its sub-commands, and the one place where an error becomes a line and an exit code.
+
+Nothing here imports torch: `finetune --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli import cache, demo, layers, run
+from weights.errors import FinetuneError
+
+
+class Commands(TyperGroup):
+    """The group of sub-commands, which prints a FinetuneError as one line and exits with its code."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the sub-command."""
+        try:
+            return super().invoke(ctx)
+        except FinetuneError as error:
+            from cli.console import print_error
+
+            print_error(str(error))
+            raise typer.Exit(error.exit_code) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune a pretrained image classifier: the layers that do not train are computed once.",
+)
+app.command("run")(run.run_command)
+app.command("layers")(layers.layers_command)
+app.command("demo")(demo.demo_command)
+app.add_typer(cache.app, name="cache")
+
+
+@app.callback(invoke_without_command=True)
+def version_callback(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
+) -> None:
+    """Fine-tune a pretrained image classifier: the layers that do not train are computed once."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"finetune {version_of('finetune-timm')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="finetune")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Recipe settings as command-line options: names, types, defaults and help all come from `finetune.recipe.Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.recipe import Recipe, flag, from_table, read_toml, to_table
+
+PANELS = {
+    "What to train": ("arch", "train_layers", "weights", "weights_dir", "allow_missing", "image_size"),
+    "Data": ("data", "data_dir", "labels", "augment", "views", "val_fraction", "limit"),
+    "Training": (
+        "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
+        "label_smoothing", "ema", "patience", "seed",
+    ),
+    "Machine": ("device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget"),
+}  # fmt: skip
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command an option for every recipe setting; it receives them as `settings`, only those that were given.
+
+    Args:
+        command: takes `settings: dict[str, Any]` first and its own typed options after it.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "settings"]
+    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
+    parameters = [_parameter(item, panel_of[item.name]) for item in dataclasses.fields(Recipe)]
+
+    def run(**given: Any) -> Any:
+        names = {item.name for item in dataclasses.fields(Recipe)}
+        settings = {name: value for name, value in given.items() if name in names and value is not None}
+        rest = {name: value for name, value in given.items() if name not in names}
+        return command(_lists(settings), **rest)
+
+    run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    run.__annotations__ = {}
+    return run
+
+
+def _parameter(item: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
+    """Return one setting as a Typer parameter; None means "not given"."""
+    kind = str(item.type)
+    python = next((known for name, known in (("int", int), ("float", float), ("Path", Path)) if kind.startswith(name)), str)
+    shown = to_table(Recipe())[item.name]
+    shown = ",".join(shown) if isinstance(shown, list) else str(shown)
+    choices = item.metadata["choices"]
+    option = typer.Option(
+        flag(item.name),
+        help=item.metadata["help"],
+        show_default=shown or "none",
+        rich_help_panel=panel,
+        metavar="|".join(choices) if choices else None,
+    )
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[python | None, option]
+    )
+
+
+def _lists(settings: dict[str, Any]) -> dict[str, Any]:
+    """Split the comma-separated lists among the settings."""
+    lists = {item.name for item in dataclasses.fields(Recipe) if str(item.type).startswith("tuple")}
+    return {
+        name: tuple(part.strip() for part in value.split(",") if part.strip()) if name in lists else value
+        for name, value in settings.items()
+    }
+
+
+def make_recipe(settings: dict[str, Any], config: Path | None) -> Recipe:
+    """Return a recipe from defaults, then a recipe file, then flags.
+
+    Raises:
+        UsageError: the file cannot be read, or holds an unknown setting or a wrong type.
+    """
+    base = from_table(read_toml(config), str(config)) if config else Recipe()
+    return dataclasses.replace(base, **settings)

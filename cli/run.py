@@ -1,0 +1,116 @@
+"""`finetune run`: fine-tune a model."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from cli.console import Screen, print_lines
+from cli.options import make_recipe, recipe_options
+from finetune.recipe import Recipe, flag
+from weights.errors import UsageError
+
+
+@recipe_options
+def run_command(
+    settings: dict[str, Any],
+    output: Annotated[
+        Path | None, typer.Option(help="Run directory.", show_default="runs/<arch>-<data>-NNNN")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Read settings from a recipe.toml; flags win over it.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+) -> None:
+    """Fine-tune a pretrained classifier on your images.
+
+    The layers that do not train are computed once; only the rest is trained, on cached features.
+
+    Example: finetune run --arch resnet18 --train-layers layer4,fc --data ~/photos
+    """
+    if resume is not None:
+        _only_resume(settings, output, config)
+    recipe = make_recipe(settings, config)
+    with Screen() as screen:
+        stop = stop_on_signals(screen.note)
+        summary = _carry_out(recipe, output, resume, screen, stop)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print_lines(result_lines(summary))
+
+
+def _carry_out(
+    recipe: Recipe, output: Path | None, resume: Path | None, screen: Screen, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    if resume is None:
+        from finetune.recipe import check
+
+        check(recipe)  # before torch is imported: a wrong flag is answered at once
+    from finetune import pipeline
+    from finetune.events import Events
+
+    events = Events(note=screen.note, progress=screen.progress, plan=screen.plan, epoch=screen.epoch)
+    if resume is not None:
+        return pipeline.resume(resume, events=events, stop=stop)
+    return pipeline.run(recipe, output, events=events, stop=stop)
+
+
+def _only_resume(settings: dict[str, Any], output: Path | None, config: Path | None) -> None:
+    """Refuse settings beside --resume: a resumed run keeps its own.
+
+    Raises:
+        UsageError: at least one was given; all are named.
+    """
+    given = [flag(name) for name in settings]
+    given += ["--output"] if output else []
+    given += ["--config"] if config else []
+    if given:
+        raise UsageError(
+            f"--resume goes on with the run's own settings, and {', '.join(given)} was given too; leave that out, or "
+            "start a new run."
+        )
+
+
+def stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
+    """Catch Ctrl-C and SIGTERM; return a function that says whether one came. A second Ctrl-C ends at once."""
+    asked = False
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked = True
+        note("Stopping at the next step; press Ctrl-C again to end at once.")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return lambda: asked
+
+
+def result_lines(summary: dict[str, Any]) -> list[str]:
+    """Return a summary in a few lines for people."""
+    seconds = summary["seconds"]
+    test = summary["test_accuracy"]
+    lines = [
+        f"test accuracy   {test:.2f} %  ({summary['data']['test']:,} images, read once)"
+        if test is not None
+        else "test accuracy   not known: the data bring no test split",
+        f"train accuracy  {summary['train_accuracy']:.2f} %"
+        + ("" if summary["val_accuracy"] is None else f", validation {summary['val_accuracy']:.2f} %"),
+        f"frozen tensors  {summary['frozen_tensors']} unchanged, bit for bit"
+        if summary["frozen_tensors"]
+        else "frozen tensors  none: every layer trained",
+        f"time            {seconds['total']:.0f} s: features {seconds['prefix']:.0f}, training {seconds['train']:.0f}, "
+        f"evaluation {seconds['eval']:.0f}",
+        f"kept in         {summary['output']}",
+    ]
+    return lines

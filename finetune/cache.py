@@ -1,0 +1,264 @@
+"""The feature cache on disk: what is in it, what may be believed, and how it is written.
+
+    <cache>/features/<key>/about.json      every ingredient of the key, shapes, rows
+                           tensor-0.bin    N rows of the first crossing tensor, one after the other; and so on
+                           chunks.jsonl    a line per finished chunk: its number and a CRC-32 per tensor
+    <cache>/features/<key>.lock            held by the run that writes the entry
+
+The key is a hash of everything that makes the values: change one ingredient and the entry is not found. A chunk is
+believed only when the journal lists it and its bytes match, and the journal line is written after the bytes are on
+disk; so a killed run loses the chunk it was writing, and damage is noticed, named and computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from filelock import FileLock, Timeout
+
+from weights.errors import RunError
+
+FORMAT = 1
+CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any prefix, and large enough to write fast
+
+
+def default_cache_dir() -> Path:
+    """Return where this system keeps a user's caches for this tool."""
+    return Path(platformdirs.user_cache_dir("finetune-timm"))
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """Return the cache key: 32 hexadecimal digits of the sha256 of all ingredients as sorted JSON."""
+    text = json.dumps({"format": FORMAT, **ingredients}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass
+class Entry:
+    """One view of one split's features on disk.
+
+    Attributes:
+        folder: where it lies.
+        rows: N.
+        shapes: stored shape of each crossing tensor without N.
+        dtypes: their dtypes.
+        damaged: numbers of chunks whose bytes did not match their checksum when read.
+    """
+
+    folder: Path
+    rows: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    damaged: list[int] = field(default_factory=list)
+    _sums: dict[int, list[int]] = field(default_factory=dict)
+    _maps: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def row_bytes(self) -> list[int]:
+        """Bytes per row of each tensor."""
+        pairs = zip(self.shapes, self.dtypes, strict=True)
+        return [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in pairs]
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows per chunk."""
+        return max(1, CHUNK_BYTES // max(1, sum(self.row_bytes)))
+
+    @property
+    def lock(self) -> FileLock:
+        """The lock that a writer holds; several entries are locked in the order of their keys."""
+        return FileLock(self.folder.with_suffix(".lock"))
+
+    def open(self, about: Mapping[str, Any]) -> None:
+        """Create the entry's files where absent and read its journal; call with the lock held.
+
+        Args:
+            about: the key's ingredients, kept beside the features for people and for `finetune cache list`.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for number, size in enumerate(self.row_bytes):
+                path = self._tensor(number)
+                if not path.exists() or path.stat().st_size != size * self.rows:
+                    # Without its full length nothing in the file can be trusted: start over.
+                    self._journal.unlink(missing_ok=True)
+                    with path.open("wb") as file:
+                        file.truncate(size * self.rows)
+            about_path = self.folder / "about.json"
+            if not about_path.exists():
+                about_path.write_text(json.dumps({"rows": self.rows, **about}, sort_keys=True, indent=1))
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        self.load_journal()
+
+    def load_journal(self) -> None:
+        """Read which chunks are there; an entry that was never opened has none."""
+        self._sums = self._read_journal()
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "chunks.jsonl"
+
+    def _tensor(self, number: int) -> Path:
+        return self.folder / f"tensor-{number}.bin"
+
+    def _read_journal(self) -> dict[int, list[int]]:
+        sums: dict[int, list[int]] = {}
+        try:
+            lines = self._journal.read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            return sums
+        for line in lines:
+            try:
+                row = json.loads(line)
+                sums[int(row["chunk"])] = [int(value) for value in row["crc32"]]
+            except (ValueError, KeyError, TypeError):
+                break  # the line that a kill cut short; whatever follows was never written
+        return sums
+
+    def missing_rows(self) -> int:
+        """Return how many rows the journal does not list."""
+        starts = range(0, self.rows, self.chunk_rows)
+        return sum(
+            min(self.chunk_rows, self.rows - start) for number, start in enumerate(starts) if number not in self._sums
+        )
+
+    def _slice(self, number: int) -> slice:
+        return slice(number * self.chunk_rows, min((number + 1) * self.chunk_rows, self.rows))
+
+    def read_chunk(self, number: int) -> list[torch.Tensor] | None:
+        """Return a chunk's rows of each tensor, or None when it is absent or damaged (then noted in `damaged`)."""
+        sums = self._sums.get(number)
+        if sums is None:
+            return None
+        values = [tensor[self._slice(number)] for tensor in self.mapped()]
+        if [zlib.crc32(as_bytes(value)) for value in values] == sums:
+            return values
+        self.damaged.append(number)
+        del self._sums[number]
+        return None
+
+    def write_chunk(self, number: int, values: Sequence[torch.Tensor]) -> None:
+        """Write a chunk's rows, bytes first and journal line after.
+
+        Raises:
+            RunError: the disk is full or the folder cannot be written; the chunk does not count as written.
+        """
+        start = self._slice(number).start
+        try:
+            for index, (value, size) in enumerate(zip(values, self.row_bytes, strict=True)):
+                with self._tensor(index).open("r+b") as file:
+                    file.seek(start * size)
+                    file.write(as_bytes(value))
+                    file.flush()
+                    os.fsync(file.fileno())
+            sums = [zlib.crc32(as_bytes(value)) for value in values]
+            with self._journal.open("a") as journal:
+                journal.write(json.dumps({"chunk": number, "crc32": sums}) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        self._sums[number] = sums
+
+    def finish(self) -> None:
+        """Mark the entry as used now; the least recently used go first when room is made."""
+        os.utime(self.folder)
+
+    def mapped(self) -> list[torch.Tensor]:
+        """Return the tensors memory-mapped from their files: read-only by convention, paged in as rows are read."""
+        if not self._maps:
+            for number, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
+                elements = self.rows * torch.Size(shape).numel()
+                flat = torch.from_file(str(self._tensor(number)), shared=False, size=elements, dtype=dtype)
+                self._maps.append(flat.reshape(self.rows, *shape))
+        return self._maps
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a contiguous tensor's bytes without a copy."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def cannot_write(folder: Path, error: OSError) -> RunError:
+    """Return the error for a cache folder that cannot be written."""
+    return RunError(
+        f"The feature cache {folder} cannot be written ({error.strerror or error}); free some disk space, point "
+        "--cache-dir elsewhere, or use --cache ram or --cache off."
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `finetune cache list` shows of one entry.
+
+    Attributes:
+        key: the entry's name.
+        folder: where it lies.
+        bytes: on disk.
+        used: seconds since the epoch of its last use.
+        about: the ingredients it was made from; empty when they cannot be read.
+    """
+
+    key: str
+    folder: Path
+    bytes: int
+    used: float
+    about: dict[str, Any]
+
+
+def list_entries(cache_dir: Path) -> list[Stored]:
+    """Return the entries of a cache folder, the most recently used first."""
+    found = []
+    for folder in (cache_dir / "features").glob("*/"):
+        try:
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            used = folder.stat().st_mtime
+        except OSError:
+            continue  # another run is clearing it
+        try:
+            about = json.loads((folder / "about.json").read_text())
+        except (OSError, ValueError):
+            about = {}
+        found.append(Stored(folder.name, folder, size, used, about))
+    return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+
+def clear(cache_dir: Path, entries: Sequence[Stored]) -> int:
+    """Delete entries, except those that a run is writing now; return the bytes freed.
+
+    A run that has an entry mapped goes on reading it: the system keeps a deleted file until the last reader is done.
+    """
+    freed = 0
+    for entry in entries:
+        try:
+            with FileLock(cache_dir / "features" / f"{entry.key}.lock", timeout=0):
+                shutil.rmtree(entry.folder, ignore_errors=True)
+        except Timeout:
+            continue
+        freed += entry.bytes
+    return freed
+
+
+def make_room(cache_dir: Path, needed: int, limit: int, keep: Sequence[str]) -> None:
+    """Delete least recently used entries until `needed` more bytes fit under `limit`; entries in `keep` stay."""
+    entries = list_entries(cache_dir)
+    used = sum(entry.bytes for entry in entries)
+    for entry in reversed(entries):
+        if used + needed <= limit:
+            return
+        if entry.key not in keep:
+            used -= clear(cache_dir, [entry])

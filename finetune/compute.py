@@ -1,0 +1,279 @@
+"""Decide how a run is computed: number format, compilation, where features go; and what that will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.augment import Views
+from finetune.cache import default_cache_dir
+from finetune.cut import Cut
+from finetune.device import device_name, find_compiler, free_memory
+from finetune.events import Events
+from finetune.features import RowShape
+from finetune.fit import Trainer
+from finetune.images import DataSplits, ImageSet
+from finetune.models import Prepared
+from finetune.plan import MEMORY_SHARE, Placement, Plan, place
+from finetune.precision import Choice, choose, remembered
+from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
+from finetune.recipe import Recipe, parse_bytes
+from finetune.sources import FeatureBuilder
+
+EVALUATION_SPEEDUP = 3.0  # a forward pass against forward and backward: one of three passes of equal size
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How a run is computed.
+
+    Attributes:
+        prefix: the frozen part, ready; None when uncut.
+        training: number format and compilation of what trains.
+        placement: where features go.
+    """
+
+    prefix: PreparedPrefix | None
+    training: Choice
+    placement: Placement
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time that compiling took in this run or, when remembered, in the run that measured it."""
+        return self.training.compile_seconds + (self.prefix.choice.compile_seconds if self.prefix else 0.0)
+
+    def choices(self) -> dict[str, Any]:
+        """Return the choices as plain values, for a checkpoint."""
+        return {
+            "prefix": asdict(self.prefix.choice) if self.prefix else None,
+            "training": asdict(self.training),
+        }
+
+    def builder(self, recipe: Recipe, events: Events) -> FeatureBuilder:
+        """Return what computes and caches features."""
+        if self.prefix is None:
+            raise ValueError("an uncut model has no features")
+        limit = parse_bytes(recipe.cache_limit, "--cache-limit")
+        return FeatureBuilder(self.prefix, self.placement, cache_folder(recipe), limit, events)
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Return the folder of cached features and remembered measurements."""
+    return recipe.cache_dir or default_cache_dir()
+
+
+def decide(
+    recipe: Recipe,
+    data: DataSplits,
+    prepared: Prepared,
+    cut: Cut,
+    views: Views,
+    device: torch.device,
+    events: Events,
+    choices: dict[str, Any] | None,
+) -> tuple[Computing, Plan]:
+    """Choose number formats, compilation and places, by measurement, and plan the run.
+
+    Args:
+        recipe: with epochs and batch size filled in.
+        data: the splits.
+        prepared: the model.
+        cut: the model, cut.
+        views: the training images' views.
+        device: where it runs.
+        events: told what is being measured.
+        choices: what a resumed run had chosen; None measures or remembers.
+
+    Raises:
+        UsageError: features do not fit where they were asked to be.
+    """
+    about = {
+        "device": device_name(device),
+        "arch": prepared.arch.full_name,
+        "image_size": prepared.preprocessing.size,
+        "layers": list(prepared.selection.names),
+        "torch": torch.__version__,
+        "precision": recipe.precision,
+        "compile": recipe.compile,
+        "compiler": bool(find_compiler()),
+    }
+
+    def pick(part: str, build: Any, step_images: int, work: int) -> Choice:
+        if choices is not None and choices.get(part):
+            return replace(Choice(**choices[part]), compile_seconds=0.0)
+
+        def measure() -> Choice:
+            return choose(
+                build,
+                images_per_step=step_images,
+                work=work,
+                precision=recipe.precision,
+                compile_mode=recipe.compile,
+                compiler=find_compiler(),
+                device=device,
+            )
+
+        # The amount of work decides whether compiling is tried, to a factor of two.
+        situation = {**about, "part": part, "step": step_images, "work": work.bit_length()}
+        return remembered(cache_folder(recipe), situation, measure)
+
+    events.progress("measuring", 0, 2)
+    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
+    rows = counts[0] * views.count + counts[1] + counts[2]
+    sample = data.train.images[:PREFIX_BATCH]
+    prefix = None
+    if cut.prefix is not None:
+        prefix = prepare_prefix(
+            cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
+        )
+    events.progress("measuring", 1, 2)
+    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, pick)
+    events.progress("measuring", 2, 2)
+    placement, missing = _place(recipe, data, views, prefix)
+    if prefix is None:
+        placement = Placement("uncut", False, 0, f"none: {cut.reason}")
+    computing = Computing(prefix, training, placement)
+    return computing, _plan(recipe, data, prepared, cut, computing, views, device, missing)
+
+
+def _choose_training(
+    recipe: Recipe,
+    train: ImageSet,
+    prepared: Prepared,
+    cut: Cut,
+    prefix: PreparedPrefix | None,
+    device: torch.device,
+    pick: Callable[[str, Any, int, int], Choice],
+) -> Choice:
+    """Time training steps of what trains; its weights are put back afterwards."""
+    batch = min(recipe.batch_size or 1, len(train))
+    rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
+    suffix = cut.suffix.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = {name: value.clone() for name, value in suffix.state_dict().items()}
+    inputs: list[tuple[torch.Tensor, ...]] = []
+
+    def build(precision: str, compiled: bool) -> Callable[[], None]:
+        if not inputs:
+            few = train.images[:PREFIX_BATCH].to(device)
+            values = prefix.prefix(few) if prefix else (prepared.preprocessing(few),)
+            inputs.append(tuple(value[rows.to(device)] for value in values))
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        forward = torch.compile(suffix, dynamic=False) if compiled else None
+        plain = replace(recipe, ema=0.0, lr=1e-6)
+        trainer = Trainer(suffix, prepared.fresh, plain, 10**9, dtype, device, forward)
+        labels = train.labels[rows].to(device)
+        suffix.train()
+
+        def step() -> None:
+            trainer.step(inputs[0], labels)
+
+        return step
+
+    state = torch.get_rng_state()
+    choice = pick("training", build, batch, (recipe.epochs or 1) * len(train))
+    torch.set_rng_state(state)
+    suffix.load_state_dict(before)
+    suffix.zero_grad(set_to_none=True)
+    suffix.eval()
+    return choice
+
+
+def _place(
+    recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None
+) -> tuple[Placement, int]:
+    """Return where features go, and how many feature rows are still to be computed."""
+    plain = Views("none", 1)
+    splits = [(data.train, views), *((split, plain) for split in (data.val, data.test) if split is not None)]
+    rows = sum(len(split) * view.count for split, view in splits)
+    if prefix is None:
+        return Placement("uncut", False, 0, ""), 0
+    row_bytes = sum(row.bytes for row in prefix.prefix.rows)
+    memory = recipe.memory_budget
+    draft = Placement("ram", True, rows * row_bytes, "")
+    builder = Computing(prefix, prefix.choice, draft).builder(recipe, Events())
+    absent = rows
+    if recipe.cache in ("auto", "disk"):
+        absent = 0
+        for split, view in splits:
+            for entry, _ in builder.entries(split, view):
+                entry.load_journal()
+                absent += entry.missing_rows()
+    placement = place(
+        rows * row_bytes,
+        mode=recipe.cache,
+        cache_dir=cache_folder(recipe),
+        limit=parse_bytes(recipe.cache_limit, "--cache-limit"),
+        memory=parse_bytes(memory, "--memory-budget") if memory else int(MEMORY_SHARE * free_memory()),
+        held=(rows - absent) * row_bytes,
+        fresh_each_epoch=recipe.augment == "crop" and views.count == recipe.epochs,
+    )
+    if not placement.on_disk:
+        absent = rows
+    return placement, absent
+
+
+def _plan(
+    recipe: Recipe,
+    data: DataSplits,
+    prepared: Prepared,
+    cut: Cut,
+    computing: Computing,
+    views: Views,
+    device: torch.device,
+    missing: int,
+) -> Plan:
+    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
+    epochs = recipe.epochs or 1
+    prefix_rate = computing.prefix.choice.rate if computing.prefix else 0.0
+    live = computing.placement.where == "off"
+    train_rate = computing.training.rate
+    per_image = 1 / train_rate + (1 / prefix_rate if live else 0.0)
+    evaluated = epochs * counts[1] + counts[2] + min(10_000, counts[0])
+    eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
+    trained = set(prepared.selection.trained)
+    parameters = dict(prepared.model.named_parameters())
+    return Plan(
+        arch=prepared.arch.full_name,
+        data=data.name,
+        counts=counts,
+        device=device_name(device),
+        parameters=(
+            sum(value.numel() for value in parameters.values()),
+            sum(value.numel() for name, value in parameters.items() if name in trained),
+        ),
+        trained_layers=prepared.selection.names,
+        frozen_share=frozen_share(prepared, cut),
+        prefix=computing.prefix.choice if computing.prefix else None,
+        training=computing.training,
+        placement=computing.placement,
+        feature_views=0 if computing.placement.where in ("off", "uncut") else missing,
+        epochs=epochs,
+        batch_size=recipe.batch_size or 1,
+        feature_seconds=0.0 if live or not prefix_rate else missing / prefix_rate,
+        epoch_seconds=counts[0] * per_image,
+        eval_seconds=evaluated * eval_image,
+    )
+
+
+def frozen_share(prepared: Prepared, cut: Cut) -> float:
+    """Return the prefix's share of a forward pass's multiply-adds, 0 to 1."""
+    if cut.prefix is None:
+        return 0.0
+    size = prepared.preprocessing.size
+    device = next(cut.suffix.parameters()).device
+    image = torch.zeros(2, 3, size, size)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as before:
+            values = cut.prefix(image)
+        with FlopCounterMode(display=False) as after:
+            cut.suffix(*(value.to(device) for value in values))
+    whole = before.get_total_flops() + after.get_total_flops()
+    return float(before.get_total_flops() / whole) if whole else 0.0
+
+
+__all__ = ["Computing", "RowShape", "cache_folder", "decide", "frozen_share"]

@@ -1,0 +1,241 @@
+"""The cut: a model becomes a prefix that never changes and a suffix that trains.
+
+    images ──► prefix (frozen, eval) ──► crossing tensors ──► suffix (holds everything that trains) ──► logits
+
+How it is found, without a line about any architecture:
+
+1. `torch.fx` traces the model coarsely: a module that is wholly frozen, wholly trained or without parameters stays one
+   node, called as it is, so its own Python (train mode, dropout, control flow) keeps working. Only modules that mix
+   trained and frozen children are traced through. One that cannot be traced becomes a single node, and tracing starts
+   again: the cut then lies before it.
+2. Every node that uses a trained parameter, or anything computed from one, is coloured.
+3. The cut lies where uncoloured values enter coloured nodes; these values are the features.
+
+The suffix shares the model's own modules under their own names: training the suffix trains the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+from torch import fx, nn
+
+from finetune.layers import Selection, is_inside
+
+MAX_RETRACES = 200  # one per module that cannot be traced; the largest timm models have fewer stages than that
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model taken apart.
+
+    Attributes:
+        prefix: images (N, 3, S, S) → tuple of crossing tensors, each with N rows; None when the model trains uncut.
+        suffix: crossing tensors → logits (N, classes); the model itself when uncut.
+        crossing: names of the graph nodes whose values cross.
+        reason: why the model is uncut, or "".
+    """
+
+    prefix: fx.GraphModule | None
+    suffix: nn.Module
+    crossing: tuple[str, ...]
+    reason: str = ""
+
+
+class RetraceError(Exception):
+    """Tracing failed inside a module: `path` names the innermost one ("" is the model itself)."""
+
+    def __init__(self, path: str, cause: BaseException) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.path = path
+
+
+class _Tracer(fx.Tracer):
+    """Trace with a rule of what stays whole, and remember where tracing failed."""
+
+    def __init__(self, stays_whole: Callable[[nn.Module, str], bool]) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.stays_whole = stays_whole
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, tuple(get_notrace_modules())) or self.stays_whole(m, module_qualified_name):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        # Only the images are an input: optional arguments (masks, lists of indices) keep their defaults.
+        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+
+def trace(model: nn.Module, stays_whole: Callable[[nn.Module, str], bool]) -> fx.Graph:
+    """Trace `model`, keeping whole what the rule names and what cannot be traced.
+
+    Args:
+        model: a module whose forward takes one tensor.
+        stays_whole: (module, dotted name) → whether it becomes a single node.
+
+    Returns:
+        The graph; its targets are names in `model`.
+
+    Raises:
+        RetraceError: the model's own forward cannot be traced.
+    """
+    whole: set[str] = set()
+    for _ in range(MAX_RETRACES):
+        tracer = _Tracer(lambda m, name: name in whole or stays_whole(m, name))
+        try:
+            return tracer.trace(model)
+        except Exception as error:  # any Python that a proxy cannot follow: its own kind of error each time
+            path = tracer.failed or ""
+            if not path or path in whole:
+                raise RetraceError(path, error) from error
+            whole.add(path)
+    raise RetraceError("", RecursionError(f"over {MAX_RETRACES} modules cannot be traced"))
+
+
+def cut_model(model: nn.Module, selection: Selection, sample: torch.Tensor) -> Cut:
+    """Cut a model at the boundary between what is frozen and what trains.
+
+    Args:
+        model: the model, frozen by `layers.freeze`, on the CPU, in fp32.
+        selection: what trains.
+        sample: float images (N, 3, S, S), N ≥ 2, to see which values cross and to check the cut.
+
+    Returns:
+        The cut, with suffix(*prefix(sample)) equal to model(sample), or an uncut one with its reason. Either way the
+        model is left in eval mode.
+    """
+    if selection.covers(""):
+        return Cut(None, model, (), "every layer trains")
+    model.eval()
+    try:
+        graph = _trace_around(model, selection)
+    except RetraceError as error:
+        return Cut(None, model, (), f"the model cannot be traced ({_first_line(error)})")
+    coloured = _colour(graph, selection)
+    values = _run(model, graph, sample)
+    crossing = _crossing(graph, coloured)
+    while odd := [node for node in crossing if not _has_rows(values[node], len(sample))]:
+        # Sizes and constants made from the batch cannot be cached: the suffix computes them again.
+        coloured.update(odd)
+        crossing = _crossing(graph, coloured)
+    if not crossing or all(node.op == "placeholder" for node in crossing):
+        return Cut(None, model, (), "no frozen layer comes before the first trained one")
+    prefix = _prefix(model, graph, crossing)
+    suffix = _suffix(model, graph, coloured, crossing)
+    if not _agree(model, prefix, suffix, sample):
+        return Cut(None, model, (), "the two halves do not give the whole model's output")
+    return Cut(prefix, suffix, tuple(node.name for node in crossing))
+
+
+def _trace_around(model: nn.Module, selection: Selection) -> fx.Graph:
+    """Trace coarsely; where the model takes a frozen module's output apart in Python, trace through those too."""
+
+    def is_uniform(module: nn.Module, name: str) -> bool:
+        return selection.covers(name) or not any(is_inside(selected, name) for selected in selection.names)
+
+    try:
+        return trace(model, is_uniform)
+    except RetraceError:
+        return trace(model, lambda module, name: selection.covers(name) or next(module.parameters(), None) is None)
+
+
+def _colour(graph: fx.Graph, selection: Selection) -> set[fx.Node]:
+    """Return the nodes that use a trained parameter or anything computed from one."""
+    coloured: set[fx.Node] = set()
+    for node in graph.nodes:
+        uses_trained = node.op in ("call_module", "get_attr") and (
+            selection.covers(str(node.target))
+            or any(is_inside(selected, str(node.target)) for selected in selection.names)
+        )
+        if uses_trained or node.op == "output" or any(parent in coloured for parent in node.all_input_nodes):
+            coloured.add(node)
+    return coloured
+
+
+def _crossing(graph: fx.Graph, coloured: set[fx.Node]) -> list[fx.Node]:
+    """Return the uncoloured nodes that coloured ones read, in graph order; frozen parameters are no such values."""
+    return [
+        node
+        for node in graph.nodes
+        if node not in coloured and node.op != "get_attr" and any(user in coloured for user in node.users)
+    ]
+
+
+class _Recorder(fx.Interpreter):
+    """Run a graph and keep what each node gave."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # fx hands lists over frozen; some models (HRNet) write into the list they are given.
+        return super().call_module(target, tuple(list(a) if isinstance(a, list) else a for a in args), kwargs)
+
+
+def _run(model: nn.Module, graph: fx.Graph, sample: torch.Tensor) -> dict[fx.Node, Any]:
+    recorder = _Recorder(model, graph)
+    with torch.no_grad():
+        recorder.run(sample)
+    return recorder.values
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim >= 1 and value.shape[0] == rows and value.is_floating_point()
+
+
+def _prefix(model: nn.Module, graph: fx.Graph, crossing: list[fx.Node]) -> fx.GraphModule:
+    """Copy what the crossing values are computed from; the output is the tuple of them."""
+    needed = set(crossing)
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed or node.op == "placeholder":
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in crossing))
+    return fx.GraphModule(model, part, "Prefix").eval()
+
+
+def _suffix(model: nn.Module, graph: fx.Graph, coloured: set[fx.Node], crossing: list[fx.Node]) -> fx.GraphModule:
+    """Copy the coloured part; crossing values become its inputs, frozen parameters that it reads come along."""
+    part = fx.Graph()
+    copies = {node: part.placeholder(node.name) for node in crossing}
+    for node in graph.nodes:
+        if node in coloured or (node.op == "get_attr" and any(user in coloured for user in node.users)):
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(model, part, "Suffix")
+
+
+def _agree(model: nn.Module, prefix: nn.Module, suffix: nn.Module, sample: torch.Tensor) -> bool:
+    suffix.eval()
+    with torch.no_grad():
+        return torch.allclose(suffix(*prefix(sample)), model(sample), rtol=1e-5, atol=1e-5)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

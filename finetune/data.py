@@ -1,0 +1,203 @@
+"""From the text of `--data` to images in memory, split and ready for a run.
+
+cifar10, cifar100       looked up in --data-dir, $FINETUNE_DATA, ./data and the cache, else downloaded
+shapes10, shapes100     drawn by the program
+anything else           a path: CIFAR pickles, CIFAR binary, a .tar.gz of either, the folder that holds exactly one
+                        of these, or an image folder
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from finetune.cifar import (
+    ARCHIVE_SUFFIXES,
+    KINDS,
+    CifarFiles,
+    Kind,
+    archive_kind,
+    cifar_archive,
+    cifar_folder,
+    read_cifar,
+)
+from finetune.downloads import data_cache, download_cifar, not_found
+from finetune.folder import has_classes, has_splits, read_folder
+from finetune.images import DataSplits, Progress, RawData
+from finetune.shapes import SHAPES, draw_shapes
+from finetune.splits import check_settings, make_splits
+from weights.errors import DataError, UsageError, near_matches
+
+DATA_NAMES = (*KINDS, *SHAPES)
+"""Every `--data` that is a name and not a path."""
+
+UNPACKED = {
+    "cifar-10-python.tar.gz": "cifar-10-batches-py",
+    "cifar-10-binary.tar.gz": "cifar-10-batches-bin",
+    "cifar-100-python.tar.gz": "cifar-100-python",
+    "cifar-100-binary.tar.gz": "cifar-100-binary",
+}
+"""The folder that each published archive unpacks to. Where both are present, as torchvision leaves them, they count
+as one, and the folder is read."""
+
+
+def load_data(
+    data: str,
+    *,
+    data_dir: Path | None = None,
+    labels: str = "fine",
+    image_size: int = 224,
+    val_fraction: float = 0.1,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    download: bool = True,
+) -> DataSplits:
+    """Load a data set and split it.
+
+    Args:
+        data: a name of `DATA_NAMES` or a path. A name wins over a file of that name; `./cifar100` is a path.
+        data_dir: searched first for CIFAR by name.
+        labels: `fine`, or `coarse` for CIFAR-100's superclasses.
+        image_size: side to which folders of images are decoded; other data keep their size.
+        val_fraction: share of the training images held out for validation, unless the data bring a validation split.
+        limit: how many training images to keep, stratified, after the validation images are taken; None for all.
+        seed: decides which images are held out and kept.
+        progress: called as progress(what, done, total) while images are decoded or drawn.
+        download: fetch CIFAR by name when it is nowhere.
+
+    Returns:
+        The splits; images uint8 (N, 3, H, W), one size in all splits.
+
+    Raises:
+        UsageError: a setting or name that cannot be right.
+        DataError: data that are missing, damaged or not what they seem.
+    """
+    if labels not in ("fine", "coarse"):
+        raise UsageError(f"--labels is {labels!r}; expected fine or coarse.")
+    if image_size < 1:
+        raise UsageError(f"--image-size is {image_size}; expected at least 1 pixel.")
+    check_settings(val_fraction=val_fraction, limit=limit)
+    raw = _read(data, data_dir, labels, image_size, progress, download)
+    return make_splits(raw, val_fraction=val_fraction, limit=limit, seed=seed)
+
+
+def _read(
+    data: str, data_dir: Path | None, labels: str, image_size: int, progress: Progress | None, download: bool
+) -> RawData:
+    kind = next((kind for kind in KINDS if kind == data), None)
+    if kind is not None:
+        return read_cifar(_find_cifar(kind, data_dir, download), labels=labels)
+    if data in SHAPES:
+        _refuse_coarse(labels, data)
+        return draw_shapes(data, progress=progress)
+    path = Path(data).expanduser()
+    if not data or not path.exists():
+        if not data or (path.name == data and not path.suffix):
+            known = ", ".join(DATA_NAMES)
+            near = near_matches(data, DATA_NAMES)
+            raise UsageError(f"--data {data!r} is neither a path that exists nor one of {known}{near or '.'}")
+        raise DataError(f"There is nothing at {path}; expected a data set (or one of {', '.join(DATA_NAMES)}).")
+    found = _at_path(path)
+    if isinstance(found, CifarFiles):
+        return read_cifar(found, labels=labels)
+    _refuse_coarse(labels, str(path))
+    return read_folder(found, image_size=image_size, progress=progress)
+
+
+def _refuse_coarse(labels: str, data: str) -> None:
+    if labels == "coarse":
+        raise UsageError(f"--labels coarse needs CIFAR-100, but {data} has no coarse labels.")
+
+
+def _at_path(path: Path) -> CifarFiles | Path:
+    """Return what lies at a path: CIFAR files, or the root of an image folder."""
+    if path.is_file():
+        if _is_archive(path):
+            return cifar_archive(path)
+        raise DataError(
+            f"{path} is a file; expected a folder (of CIFAR files, or of images by class) or a CIFAR .tar.gz archive."
+        )
+    here = cifar_folder(path)
+    if here is not None:
+        return here
+    within = _data_sets_in(path)
+    if within and not has_splits(path):
+        chosen = _only(within, path, "give --data the path of one")
+        found = chosen if chosen.is_dir() and has_splits(chosen) else _open_cifar(chosen)
+        if found is not None:
+            return found
+    if has_splits(path) or has_classes(path):
+        return path
+    entries = sorted(entry.name for entry in path.iterdir())
+    holds = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "") or "nothing"
+    raise DataError(
+        f"{path} holds {holds}; expected CIFAR files, a CIFAR .tar.gz, or a folder of images for each class."
+    )
+
+
+def _data_sets_in(parent: Path, kind: Kind | None = None) -> list[Path]:
+    """List the data sets right below a folder: CIFAR folders and archives, and image folders that have a train/.
+
+    Args:
+        parent: the folder.
+        kind: list only CIFAR data sets of this kind.
+    """
+    found = []
+    for entry in sorted(parent.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            files = cifar_folder(entry)
+            if (files is not None and kind in (None, files.kind)) or (files is None and not kind and has_splits(entry)):
+                found.append(entry)
+        elif _is_archive(entry) and archive_kind(entry) in ((kind,) if kind else KINDS):
+            found.append(entry)
+    return [entry for entry in found if parent / UNPACKED.get(entry.name, "") not in found]
+
+
+def _only(found: list[Path], parent: Path, what_next: str) -> Path:
+    if len(found) > 1:
+        listed = ", ".join(str(one) for one in found)
+        raise DataError(f"{parent} holds {len(found)} data sets: {listed}; {what_next}.")
+    return found[0]
+
+
+def _open_cifar(path: Path) -> CifarFiles | None:
+    return cifar_archive(path) if path.is_file() else cifar_folder(path)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES) and path.is_file()
+
+
+def _find_cifar(kind: Kind, data_dir: Path | None, download: bool) -> CifarFiles:
+    """Find a CIFAR by name in the places that are searched, in their order, or download it."""
+    from_env = os.environ.get("FINETUNE_DATA")
+    places = [
+        ("$FINETUNE_DATA", Path(from_env).expanduser() if from_env else None),
+        ("the current folder's", Path("data")),
+    ]
+    if data_dir is not None:
+        places.insert(0, ("--data-dir", data_dir.expanduser()))
+    places.append(("the cache", data_cache()))
+
+    searched = []
+    for title, place in places:
+        searched.append(f"{title} {place}" if place is not None else f"{title} (not set)")
+        if place is None:
+            continue
+        if not place.is_dir():
+            searched[-1] += " (no such folder)"
+            continue
+        here = cifar_folder(place)
+        if here is not None and here.kind == kind:
+            return here
+        within = _data_sets_in(place, kind)
+        if within:
+            found = _open_cifar(_only(within, place, "give --data the path of one"))
+            if found is not None and found.kind == kind:
+                return found
+    if not download:
+        raise not_found(kind, searched, "downloading is switched off")
+    return cifar_archive(download_cifar(kind, searched))

@@ -1,0 +1,215 @@
+"""Image files to one uint8 array: decoded once, in parallel, at the size that training uses.
+
+Legend: N images, C = 3 channels (RGB), side S.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from finetune.images import Progress
+from weights.errors import DataError
+
+CHUNK = 32
+"""Images that a thread decodes between two reports of progress."""
+
+SAMPLE = 32
+"""Images looked at before decoding, to guess whether all share one size."""
+
+HEADROOM = 0.9
+"""Share of the free memory that the decoded images may take."""
+
+NAMED = 3
+"""Unreadable files that an error names; the rest are counted."""
+
+
+@dataclass
+class _Outcome:
+    """What became of a chunk: files that could not be read (with the reason), and whether another size turned up."""
+
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    other_size: bool = False
+
+
+def decode_files(files: Sequence[Path], image_size: int, progress: Progress | None = None) -> NDArray[np.uint8]:
+    """Decode image files to squares of one size.
+
+    The shorter side of every image becomes `image_size` and the centre square is kept. Images that all share one
+    shorter side of no more than `image_size` keep it. One image of another size changes that for all, and decoding
+    starts again.
+
+    Args:
+        files: at least one path.
+        image_size: side of the squares, at most.
+        progress: called as progress("decode", done, total).
+
+    Returns:
+        uint8 (N, 3, S, S), in the order of `files`.
+
+    Raises:
+        DataError: images that cannot be read (the first few are named), or that do not fit in memory.
+    """
+    shared = _shared_side(files)
+    if shared is not None and shared <= image_size:
+        pixels = _decode_all(files, shared, resize=False, progress=progress)
+        if pixels is not None:
+            return pixels
+    pixels = _decode_all(files, image_size, resize=True, progress=progress)
+    if pixels is None:
+        raise RuntimeError("resized images differ in size")  # cannot happen: every image is resized to one side
+    return pixels
+
+
+def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.uint8] | None:
+    """Decode one image file to a square.
+
+    Args:
+        path: the file.
+        side: side of the square, S.
+        resize: bring the shorter side to S; without it, an image whose shorter side is not S gives None.
+
+    Returns:
+        uint8 (3, S, S), or None.
+
+    Raises:
+        OSError, SyntaxError, ValueError: what Pillow raises for files it cannot read.
+        Image.DecompressionBombError: more pixels than Pillow's limit.
+    """
+    with Image.open(path) as opened:
+        if not resize and min(opened.size) != side:
+            return None
+        if resize:
+            opened.draft(None, (2 * side, 2 * side))  # JPEG: decode at the smallest scale that keeps twice the side
+        image: Image.Image = opened
+        opened.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_rgb(image)
+    width, height = image.size
+    if resize and min(width, height) != side:
+        scale = side / min(width, height)
+        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
+    left, top = (width - side) // 2, (height - side) // 2
+    if (width, height) != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any image to 8-bit RGB: 16-bit greys are scaled (not clipped), transparent parts lie on white.
+
+    Raises:
+        ValueError: a mode that has no agreed range, such as floating-point pixels.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Mode I is how Pillow opens some 16-bit greys; nothing else in a picture file has 32-bit integers.
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shared_side(files: Sequence[Path]) -> int | None:
+    """Return the shorter side that a sample of the images share, or None when they differ or cannot be opened."""
+    sides = set()
+    with warnings.catch_warnings():
+        _set_warnings()
+        for index in np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).astype(int).tolist():
+            try:
+                with Image.open(files[index]) as image:
+                    sides.add(min(image.size))
+            except _UNREADABLE:
+                continue
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _decode_all(
+    files: Sequence[Path], side: int, *, resize: bool, progress: Progress | None
+) -> NDArray[np.uint8] | None:
+    """Decode every file at one side, or return None when, without resizing, one has another size."""
+    pixels = _room(len(files), side)
+
+    def decode_chunk(start: int) -> _Outcome:
+        outcome = _Outcome()
+        for index in range(start, min(start + CHUNK, len(files))):
+            try:
+                image = decode_image(files[index], side, resize=resize)
+            except _UNREADABLE as error:
+                outcome.unreadable.append((files[index], _reason(files[index], error)))
+                continue
+            if image is None:
+                outcome.other_size = True
+                break
+            pixels[index] = image
+        return outcome
+
+    unreadable: list[tuple[Path, str]] = []
+    done = 0
+    # Filters are set here and not in the threads, where they would overwrite each other.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        _set_warnings()
+        futures = {pool.submit(decode_chunk, start): start for start in range(0, len(files), CHUNK)}
+        for future in as_completed(futures):
+            outcome = future.result()
+            if outcome.other_size:
+                pool.shutdown(wait=True, cancel_futures=True)
+                return None
+            unreadable += outcome.unreadable
+            done += min(CHUNK, len(files) - futures[future])
+            if progress is not None:
+                progress("decode", done, len(files))
+    if unreadable:
+        unreadable.sort()
+        named = ", ".join(f"{path} ({reason})" for path, reason in unreadable[:NAMED])
+        more = f" and {len(unreadable) - NAMED:,} more" if len(unreadable) > NAMED else ""
+        raise DataError(
+            f"{len(unreadable):,} of {len(files):,} images cannot be read: {named}{more}; replace or remove them."
+        )
+    return pixels
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""Pillow raises SyntaxError for some broken PNG files, and ValueError for some broken headers."""
+
+
+def _set_warnings() -> None:
+    """Make Pillow's size limit an error, and keep its remarks on odd files out of the terminal."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
+    if path.is_file() and path.stat().st_size == 0:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow knows"
+    return str(error) or type(error).__name__
+
+
+def _room(count: int, side: int) -> NDArray[np.uint8]:
+    """Allocate uint8 (count, 3, side, side), or say that there is no room for it."""
+    needed, free = count * 3 * side * side, psutil.virtual_memory().available
+    if needed > HEADROOM * free:
+        raise DataError(
+            f"{count:,} images of {side} x {side} pixels need {needed / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free; give a smaller --image-size or fewer images."
+        )
+    return np.empty((count, 3, side, side), dtype=np.uint8)

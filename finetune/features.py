@@ -1,0 +1,196 @@
+"""Frozen features: what the prefix gives for every image and view, computed once.
+
+Legend: N images of a split, V views, one *crossing* tensor or more per image. Four-dimensional features (N, C, H, W)
+lie in memory and on disk as (N, H, W, C), which is the channels-last layout that convolutions want.
+
+`Features` answers `take(rows, views)` the same way from RAM and from memory-mapped files. `cache.py` says what is on
+disk; this file only fills it and reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finetune.augment import Preprocessing, Views
+from finetune.cache import Entry
+from finetune.images import ImageSet, Progress
+
+Run = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+"""The prefix, ready to run: float images (B, 3, S, S) → crossing tensors, B rows each."""
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """One crossing tensor without its batch dimension.
+
+    Attributes:
+        shape: as the model sees it, such as (C, H, W).
+        dtype: torch.float32 or torch.bfloat16.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape in memory: (H, W, C) for (C, H, W), else the same."""
+        return (*self.shape[1:], self.shape[0]) if len(self.shape) == 3 else self.shape
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one image's row."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def to_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Return features (B, C, H, W) as contiguous (B, H, W, C); others contiguous as they are."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
+
+
+def from_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Undo `to_stored` without a copy: (B, H, W, C) memory seen as (B, C, H, W)."""
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The frozen part, ready to give features.
+
+    Attributes:
+        run: the folded, perhaps compiled, module.
+        preprocessing: pixels to model input.
+        dtype: what it computes in.
+        batch: images per call; every call has exactly this many, so that a compiled prefix is compiled once.
+        device: where it runs.
+        rows: the crossing tensors' shapes.
+    """
+
+    run: Run
+    preprocessing: Preprocessing
+    dtype: torch.dtype
+    batch: int
+    device: torch.device
+    rows: tuple[RowShape, ...]
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return crossing tensors, B rows each, on the device, for uint8 images (B, 3, H, W) of any number B."""
+        parts = []
+        with torch.no_grad():  # not inference_mode: its tensors cannot be saved for a backward pass
+            for chunk in images.split(self.batch):
+                short = self.batch - len(chunk)
+                full = torch.cat([chunk, chunk[-1:].expand(short, -1, -1, -1)]) if short else chunk
+                values = self.run(self.preprocessing(full.to(self.device, non_blocking=True), self.dtype))
+                parts.append([value[: len(chunk)] for value in values])
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class Features:
+    """Features of one split.
+
+    Args:
+        tensors: for each view, the stored crossing tensors, N rows each.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, tensors: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
+        self.tensors = tensors
+        self.device = device
+
+    def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the crossing tensors of some images.
+
+        Args:
+            rows: int64 (B,), places in the split.
+            views: int64 (B,), the wanted view of each.
+
+        Returns:
+            One tensor per crossing value, B rows in the order of `rows`, on the device.
+        """
+        batch = []
+        for column in zip(*self.tensors, strict=True):
+            picked = [(torch.nonzero(views == view).flatten(), tensor) for view, tensor in enumerate(column)]
+            if len(column) == 1:
+                gathered = column[0][rows.to(column[0].device)]
+            else:
+                gathered = column[0].new_empty((len(rows), *column[0].shape[1:]))
+                for where, tensor in picked:
+                    gathered[where.to(gathered.device)] = tensor[rows[where].to(tensor.device)]
+            batch.append(from_stored(gathered.to(self.device, non_blocking=True)))
+        return tuple(batch)
+
+
+def compute_view(
+    prefix: Prefix,
+    data: ImageSet,
+    views: Views,
+    view: int,
+    *,
+    entry: Entry | None,
+    keep: bool,
+    report: Callable[[int], None],
+) -> list[torch.Tensor]:
+    """Compute one view of a split, writing it to the cache and keeping it in RAM as asked.
+
+    Args:
+        prefix: what computes.
+        data: the split's images.
+        views: the run's views.
+        view: which one.
+        entry: the cache entry to write through, already locked; chunks that it holds are read, not computed. None
+            keeps the disk out of it.
+        keep: whether to return the features in RAM; otherwise they are returned memory-mapped from `entry`.
+        report: called with the number of images done since the last call.
+
+    Returns:
+        The stored crossing tensors, N rows each.
+
+    Raises:
+        RunError: the cache cannot be written (disk full).
+    """
+    count = len(data)
+    in_ram = [torch.empty((count, *row.stored), dtype=row.dtype) for row in prefix.rows] if keep or not entry else []
+    chunk_rows = entry.chunk_rows if entry else prefix.batch * 8
+    for number, start in enumerate(range(0, count, chunk_rows)):
+        stop = min(start + chunk_rows, count)
+        values = entry.read_chunk(number) if entry else None
+        if values is None:
+            values = _compute_rows(prefix, data, views, view, start, stop)
+            if entry:
+                entry.write_chunk(number, values)
+        for target, value in zip(in_ram, values, strict=False):
+            target[start:stop] = value
+        report(stop - start)
+    if entry:
+        entry.finish()
+    return in_ram or entry.mapped() if entry else in_ram
+
+
+def _compute_rows(
+    prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int
+) -> list[torch.Tensor]:
+    rows = torch.arange(start, stop)
+    images = views.apply(data.images[start:stop], rows, torch.full_like(rows, view))
+    return [to_stored(value).cpu() for value in prefix(images)]
+
+
+class Progressing:
+    """Add up finished images over a split's views for one progress line.
+
+    Args:
+        progress: where to report.
+        total: image views in all.
+        what: what to call the work.
+        stop: called after every chunk; raises to end the run.
+    """
+
+    def __init__(self, progress: Progress, total: int, what: str, stop: Callable[[], None]) -> None:
+        self.progress, self.total, self.what, self.stop, self.done = progress, total, what, stop, 0
+
+    def __call__(self, images: int) -> None:
+        """Report that `images` more image views are done."""
+        self.done += images
+        self.progress(self.what, self.done, self.total)
+        self.stop()

@@ -1,0 +1,339 @@
+"""The training loop: epochs over features (or images), one optimiser step per batch, a checkpoint per epoch.
+
+Legend: B images in a batch. Nothing here knows where batches come from: a source answers `take(rows, views)`, from the
+feature cache or by computing on the fly, and the loss is the same.
+
+Everything random in an epoch (order, views, dropout) is seeded by the run's seed and the epoch's number. So a resumed
+run needs no generator state to go on to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from finetune.optim import make_optimizer, make_schedule
+from finetune.recipe import Recipe
+from weights.errors import TrainingError
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the model part's inputs for int64 (B,) rows and views, on the device."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split as the loop sees it.
+
+    Attributes:
+        source: gives inputs.
+        labels: int64 (N,), on the CPU.
+        views: views per image in the source.
+    """
+
+    source: Source
+    labels: torch.Tensor
+    views: int
+
+
+@dataclass
+class Progress:
+    """What has been done so far; all of it is in a checkpoint.
+
+    Attributes:
+        epoch: finished epochs.
+        rows: metrics.jsonl's rows.
+        best_epoch: the epoch with the lowest validation loss; 0 before the first.
+        best_loss: its validation loss.
+        seconds: training time, without evaluation.
+        eval_seconds: evaluation time.
+    """
+
+    epoch: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+
+class Trainer:
+    """A suffix in training: module, optimiser, schedule, moving average.
+
+    Args:
+        suffix: what trains, on the device; `forward` is its compiled twin or itself.
+        fresh: names of parameters that start fresh.
+        recipe: with epochs and batch size resolved.
+        images: training images.
+        dtype: torch.bfloat16 trains under autocast with fp32 weights.
+        device: where it trains.
+        forward: what to call; the suffix when None.
+    """
+
+    def __init__(
+        self,
+        suffix: nn.Module,
+        fresh: frozenset[str],
+        recipe: Recipe,
+        images: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        forward: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        if recipe.epochs is None or recipe.batch_size is None:
+            raise ValueError("resolve the recipe first: epochs and batch_size are None")
+        self.suffix, self.recipe, self.dtype, self.device = suffix, recipe, dtype, device
+        self.forward = forward or suffix
+        self.epochs, self.images = recipe.epochs, images
+        self.batches = -(-images // recipe.batch_size)
+        self.optimizer = make_optimizer(suffix, fresh, recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, self.epochs * self.batches)
+        self.average: AveragedModel | None = None
+        if recipe.ema:
+            self.average = AveragedModel(suffix, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+
+    def step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take one optimiser step.
+
+        Args:
+            inputs: the suffix's inputs, B rows each.
+            labels: int64 (B,) on the device.
+
+        Returns:
+            The mean loss and the number of correct predictions, both scalars on the device.
+        """
+        with autocast(self.device, self.dtype):
+            logits = self.forward(*cast(inputs, self.dtype))
+            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.suffix)
+        return loss.detach(), (logits.argmax(1) == labels).sum()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The module whose predictions count: the moving average where there is one."""
+        return self.suffix if self.average is None else self.average.module
+
+    def train_epoch(
+        self, split: Split, epoch: int, report: Callable[[int, int], None], stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Train one epoch.
+
+        Args:
+            split: the training split.
+            epoch: its number, from 0.
+            report: called with (batches done, batches in all).
+            stop: asked before each step; True abandons the epoch.
+
+        Returns:
+            train_loss, train_accuracy (both running means over the epoch), lr (the last step's, of the first group);
+            None when stopped.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        self.suffix.train()
+        torch.manual_seed(epoch_seed(self.recipe.seed, epoch))
+        losses = torch.zeros((), device=self.device, dtype=torch.float64)
+        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        lr = 0.0
+        for done, (rows, views) in enumerate(epoch_batches(self.images, self.batches, split.views, epoch, self.recipe)):
+            if stop():
+                return None
+            lr = self.optimizer.param_groups[0]["lr"]
+            labels = split.labels[rows].to(self.device, non_blocking=True)
+            loss, right = self.step(split.source.take(rows, views), labels)
+            losses += loss.double() * len(rows)
+            correct += right
+            if self.device.type == "cpu" or done % 50 == 0 or done + 1 == self.batches:
+                require_finite(loss, epoch * self.batches + done, lr)  # reading the loss waits for a GPU: not each step
+            report(done + 1, self.batches)
+        return {
+            "train_loss": float(losses) / self.images,
+            "train_accuracy": 100 * float(correct) / self.images,
+            "lr": lr,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that `load_state` needs to go on from here, as tensors and plain values."""
+        return {
+            "suffix": dict(self.suffix.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if not callable(v)},
+            "average": None if self.average is None else dict(self.average.state_dict()),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.suffix.load_state_dict(state["suffix"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of one epoch: any two (seed, epoch) pairs of a sensible size differ."""
+    return seed * 1_000_003 + epoch
+
+
+def epoch_batches(
+    images: int, batches: int, views: int, epoch: int, recipe: Recipe
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield one epoch's batches as (rows, views), int64 (B,) each.
+
+    The epoch visits every image once, in an order drawn from the epoch's seed. Batches differ in size by at most one, so
+    none is so small that its batch-norm statistics mean nothing. With one view per epoch each epoch has its own;
+    otherwise each image's view is drawn.
+
+    Args:
+        images: N.
+        batches: how many batches.
+        views: views per image.
+        epoch: number of the epoch, from 0.
+        recipe: seed, augment and epochs are read.
+    """
+    generator = torch.Generator().manual_seed(epoch_seed(recipe.seed, epoch))
+    order = torch.randperm(images, generator=generator)
+    drawn = torch.randint(views, (images,), generator=generator)
+    if recipe.augment == "crop" and views == recipe.epochs:
+        drawn = torch.full_like(drawn, epoch)
+    yield from zip(order.tensor_split(batches), drawn.tensor_split(batches), strict=True)
+
+
+def require_finite(loss: torch.Tensor, step: int, lr: float) -> None:
+    """Stop a run whose loss is NaN or infinite.
+
+    Raises:
+        TrainingError: with the step (counted from 1), the learning rate and what to do.
+    """
+    if not math.isfinite(float(loss)):
+        raise TrainingError(
+            f"The training loss became {float(loss)} at step {step + 1} (learning rate {lr:.3g}); a finite loss was "
+            "expected. Lower --lr or --head-lr-scale, or use --precision fp32, and run again."
+        )
+
+
+def predict(
+    module: nn.Module, source: Source, rows: torch.Tensor, device: torch.device, dtype: torch.dtype, *, batch: int = 256
+) -> torch.Tensor:
+    """Return logits float32 (R, classes) of images as they are (view 0), on the CPU.
+
+    Args:
+        module: takes what the source gives.
+        source: the split's source.
+        rows: int64 (R,), which images.
+        device: where the module is.
+        dtype: torch.bfloat16 runs under autocast; torch.float32 does not.
+        batch: images at a time.
+    """
+    module.eval()
+    parts = []
+    with torch.no_grad(), autocast(device, dtype):
+        for part in rows.split(batch):
+            parts.append(module(*cast(source.take(part, torch.zeros_like(part)), dtype)).float().cpu())
+    return torch.cat(parts)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context for forward passes: bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def cast(inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return inputs that a module takes: features cached in bf16 become fp32 where autocast is off."""
+    return inputs if dtype == torch.bfloat16 else tuple(value.float() for value in inputs)
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Return (mean cross-entropy in nats, accuracy in percent) of logits (N, classes) against int64 labels (N,)."""
+    loss = functional.cross_entropy(logits.double(), labels)
+    return float(loss), 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What the loop tells while it runs.
+
+    Attributes:
+        batch: (epoch from 1, batches done, batches in all).
+        epoch: a finished epoch's metrics row.
+        save: progress after an epoch, to be written before anything else happens; True marks the best epoch yet.
+        stop: asked before each step; True ends training at once, the epoch in progress is lost.
+    """
+
+    batch: Callable[[int, int, int], None]
+    epoch: Callable[[dict[str, Any]], None]
+    save: Callable[[Progress, bool], None]
+    stop: Callable[[], bool]
+
+
+def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, listener: Listener) -> bool:
+    """Train to the end of the recipe, or until patience is over.
+
+    Args:
+        trainer: at the state that belongs to `progress`.
+        train: the training split.
+        val: the validation split, or None.
+        progress: updated in place after every epoch.
+        listener: told of everything.
+
+    Returns:
+        Whether training ended on its own; False when `listener.stop` ended it.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    patience = trainer.recipe.patience
+    while progress.epoch < trainer.epochs:
+        if patience and progress.epoch - progress.best_epoch >= patience and progress.best_epoch:
+            break
+        epoch = progress.epoch
+        start = time.perf_counter()
+        metrics = trainer.train_epoch(train, epoch, lambda done, of, e=epoch: listener.batch(e + 1, done, of), listener.stop)
+        if metrics is None:
+            return False
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        val_loss = val_accuracy = None
+        if val is not None:
+            everything = torch.arange(len(val.labels))
+            logits = predict(trainer.evaluated, val.source, everything, trainer.device, trainer.dtype)
+            val_loss, val_accuracy = score(logits, val.labels)
+        eval_seconds = time.perf_counter() - start
+        progress.epoch += 1
+        progress.seconds += seconds
+        progress.eval_seconds += eval_seconds
+        row = {
+            "epoch": progress.epoch,
+            "train_loss": metrics["train_loss"],
+            "train_accuracy": metrics["train_accuracy"],
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "lr": metrics["lr"],
+            "seconds": seconds,
+            "eval_seconds": eval_seconds,
+            "images_per_second": trainer.images / seconds,
+        }
+        progress.rows.append(row)
+        is_best = val_loss is not None and val_loss < progress.best_loss
+        if is_best and val_loss is not None:
+            progress.best_loss, progress.best_epoch = val_loss, progress.epoch
+        listener.save(progress, is_best)
+        listener.epoch(row)
+    return True

@@ -1,0 +1,181 @@
+"""Folders of images: found, decoded in parallel, and brought to one square size.
+
+    root/train/<class>/**/*.jpg, root/val|valid|validation/<class>/..., root/test/<class>/...
+    root/<class>/**/*.jpg                                       one pile: a test split is held out of it later
+
+Classes are the folders of train, sorted by name. Hidden files and folders are passed over; files that are no images by
+their suffix are passed over and counted. Decoding follows one rule for every image of the data set: the shorter side
+becomes `image_size` (bilinear, antialiased) and the centre square is kept. Images that already share a shorter side of
+no more than `image_size` are not resized. What Pillow reads becomes 8-bit RGB: turned as EXIF says, 16-bit scaled down,
+transparency on white.
+
+Legend: N images, C = 3 channels (RGB), side S.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from finetune.decode import decode_files
+from finetune.images import ImageSet, Progress, RawData
+from weights.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".avif",
+    }
+)
+VAL_NAMES = ("val", "valid", "validation")
+SKIPPED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
+
+
+@dataclass
+class _Listing:
+    """Image files and their labels; classes are known only once train is listed."""
+
+    files: list[Path] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    strays: int = 0
+
+
+def has_splits(root: Path) -> bool:
+    """Tell whether a folder is laid out as train/ and others, rather than being one folder of classes.
+
+    A `train` that holds images itself is a class of that name (of vehicles, say), not a split.
+    """
+    train = root / "train"
+    return train.is_dir() and any(True for _ in _subfolders(train))
+
+
+def has_classes(root: Path) -> bool:
+    """Tell whether any folder in `root` holds an image, at any depth."""
+    return any(_is_image(file) for folder in _subfolders(root) for file in _walk(folder))
+
+
+def read_folder(root: Path, *, image_size: int, progress: Progress | None = None) -> RawData:
+    """Read an image folder, decoded to uint8.
+
+    Args:
+        root: holds train/ (and val|valid|validation/ and test/), or one folder for each class.
+        image_size: side of the decoded squares; smaller when all images share a smaller shorter side.
+        progress: called as progress("decode", done, total).
+
+    Returns:
+        The splits that are there; images uint8 (N, 3, S, S) with one S in all of them.
+
+    Raises:
+        DataError: fewer than two classes, a class without images, a class that train does not have, or images that
+            cannot be read or do not fit in memory.
+    """
+    if has_splits(root):
+        places = {"train": root / "train", **_other_splits(root)}
+    else:
+        lost = [name for name in (*VAL_NAMES, "test") if has_classes(root / name)]
+        if lost:
+            raise DataError(f"{root} holds {' and '.join(lost)} with class folders but no train folder to learn from.")
+        places = {"train": root}
+    classes = _class_names(places["train"])
+    listings = {split: _list_split(place, classes, split) for split, place in places.items()}
+
+    files = [file for listing in listings.values() for file in listing.files]
+    pixels = torch.from_numpy(decode_files(files, image_size, progress))
+    sets: dict[str, ImageSet] = {}
+    start = 0
+    for split, listing in listings.items():
+        end = start + len(listing.files)
+        sets[split] = ImageSet(pixels[start:end], torch.tensor(listing.labels, dtype=torch.int64), classes)
+        start = end
+    strays = sum(listing.strays for listing in listings.values())
+    notes = (
+        (f"{strays:,} file{'s' * (strays != 1)} in {root} passed over: no image by their suffix.",) if strays else ()
+    )
+    name = root.resolve().name or "folder"
+    pile = places["train"] == root
+    return RawData(name, sets["train"], sets.get("val"), sets.get("test"), notes, hold_out_test=pile)
+
+
+def _other_splits(root: Path) -> dict[str, Path]:
+    vals = [root / name for name in VAL_NAMES if (root / name).is_dir()]
+    if len(vals) > 1:
+        raise DataError(f"{root} holds {' and '.join(place.name for place in vals)}; expected one validation folder.")
+    places = {"val": vals[0]} if vals else {}
+    if (root / "test").is_dir():
+        places["test"] = root / "test"
+    return places
+
+
+def _class_names(train: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(folder.name for folder in _subfolders(train)))
+    if len(classes) < 2:
+        found = f"one class folder ({classes[0]})" if classes else "no class folders"
+        raise DataError(f"{train} holds {found}; expected a folder of images for each of two or more classes.")
+    return classes
+
+
+def _list_split(place: Path, classes: tuple[str, ...], split: str) -> _Listing:
+    """List the images of one split, class after class, each in the order of its paths."""
+    listing = _Listing(strays=sum(1 for file in place.iterdir() if file.is_file() and not file.name.startswith(".")))
+    index = {name: label for label, name in enumerate(classes)}
+    for folder in sorted(_subfolders(place), key=lambda folder: folder.name):
+        files = list(_walk(folder))
+        images = sorted((file for file in files if _is_image(file)), key=lambda file: file.relative_to(folder).parts)
+        listing.strays += len(files) - len(images)
+        if not images:
+            if split != "train":
+                continue
+            passed = f" ({len(files)} files are no images by their suffix)" if files else ""
+            raise DataError(f"{folder} holds no images{passed}; fill the class {folder.name!r} or remove its folder.")
+        if folder.name not in index:
+            raise DataError(f"{folder} is no class of the training images; expected one of {_some(classes)}.")
+        listing.files += images
+        listing.labels += [index[folder.name]] * len(images)
+    if not listing.files:
+        raise DataError(f"{place} holds no images in class folders; fill it or remove it.")
+    return listing
+
+
+def _subfolders(folder: Path) -> Iterator[Path]:
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in SKIPPED_FOLDERS:
+            yield entry
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, hidden ones left out; links are followed, but never round in a circle."""
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = [name for name in below if not name.startswith(".") and name not in SKIPPED_FOLDERS]
+        for name in names:
+            if not name.startswith("."):
+                yield Path(place, name)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,160 @@
+"""From a recipe to a model with verified weights, a new head, and what trains marked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from finetune.augment import Preprocessing
+from finetune.layers import Selection, freeze, select_layers
+from finetune.recipe import Recipe
+from weights.arch import Arch, resolve_arch
+from weights.errors import UsageError
+from weights.load import Account, load_into, read_tensors
+from weights.locate import locate
+
+INTERPOLATIONS = ("bilinear", "bicubic")  # what torch can do on whole batches with antialiasing
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be cut.
+
+    Attributes:
+        model: in eval mode, on the CPU, fp32; frozen outside the selection.
+        arch: the network and the preprocessing configuration that belongs to its weights.
+        selection: what trains.
+        fresh: names of trained parameters that start fresh instead of from pretrained values.
+        preprocessing: pixels to model input.
+        model_args: arguments beyond the class count that timm needs to build the model again.
+        source: where the weights came from, for people.
+        sha256: identity of the loaded tensors; None when nothing was loaded.
+        account: what became of every tensor; None when nothing was loaded.
+    """
+
+    model: nn.Module
+    arch: Arch
+    selection: Selection
+    fresh: frozenset[str]
+    preprocessing: Preprocessing
+    model_args: dict[str, Any]
+    source: str
+    sha256: str | None
+    account: Account | None
+
+
+def prepare_model(recipe: Recipe, classes: int) -> Prepared:
+    """Build the recipe's model, load its weights and freeze what does not train.
+
+    The new layers' random values depend on the seed alone.
+
+    Args:
+        recipe: arch, weights, weights_dir, allow_missing, train_layers, image_size and seed are read.
+        classes: outputs of the new head.
+
+    Raises:
+        UsageError: unknown arch or layer, or an image size that the network cannot take.
+        WeightsError: weights that are missing, damaged, unsafe or of another network.
+    """
+    arch = resolve_arch(recipe.arch)
+    where = recipe.weights_dir
+    found = locate(arch, recipe.weights, None if where is None else Path(where))
+    arch = found.arch
+    size = recipe.image_size or int(arch.config["input_size"][-1])
+    torch.manual_seed(recipe.seed)
+    model, model_args = build(arch, classes, size)
+    head = head_names(arch)
+    account = None
+    if found.path is not None:
+        account = load_into(
+            model, read_tensors(found.path), head=head, allow_missing=recipe.allow_missing, where=found.source
+        )
+    selection = select_layers(model, recipe.train_layers, head)
+    freeze(model, selection)
+    loaded = set(account.loaded) if account else set()
+    check_size(model, arch, size)
+    return Prepared(
+        model=model.eval(),
+        arch=arch,
+        selection=selection,
+        fresh=frozenset(name for name in selection.trained if name not in loaded),
+        preprocessing=preprocessing_of(arch, size),
+        model_args=model_args,
+        source=found.source,
+        sha256=account.sha256 if account else None,
+        account=account,
+    )
+
+
+def build(arch: Arch, classes: int, size: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Create a timm model with random weights for an input size.
+
+    Args:
+        arch: the network.
+        classes: outputs of its head.
+        size: input side in pixels; networks with position embeddings are built for exactly this size.
+
+    Returns:
+        The model and the arguments beyond the class count that were needed.
+
+    Raises:
+        UsageError: the network cannot be built for this size.
+    """
+    fixed = bool(arch.config.get("fixed_input_size")) and size != int(arch.config["input_size"][-1])
+    model_args: dict[str, Any] = {"img_size": size} if fixed else {}
+    try:
+        return timm.create_model(arch.full_name, pretrained=False, num_classes=classes, **model_args), model_args
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UsageError(
+            f"{arch.name} cannot be built for {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
+            f"{arch.config['input_size'][-1]}: leave --image-size out."
+        ) from error
+
+
+def head_names(arch: Arch) -> tuple[str, ...]:
+    """Return the names of the classifier modules, such as ("fc",) or ("head", "head_dist").
+
+    Raises:
+        UsageError: timm names none, so there is no head to replace.
+    """
+    named = arch.config.get("classifier")
+    if not named:
+        raise UsageError(f"timm names no classifier for {arch.name}, so its head cannot be replaced; choose another --arch.")
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def preprocessing_of(arch: Arch, size: int) -> Preprocessing:
+    """Return the preprocessing that belongs to a network's weights, at an input size in pixels."""
+    interpolation = str(arch.config.get("interpolation") or "bicubic")
+    return Preprocessing(
+        size=size,
+        mean=tuple(float(value) for value in arch.config["mean"]),
+        std=tuple(float(value) for value in arch.config["std"]),
+        interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
+    )
+
+
+def check_size(model: nn.Module, arch: Arch, size: int) -> None:
+    """Run one image through the model, so that a size it cannot take is known before any work.
+
+    Raises:
+        UsageError: the network cannot take images of this size.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, int(arch.config["input_size"][0]), size, size))
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"{arch.name} cannot take images of {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
+            f"{arch.config['input_size'][-1]}: choose a larger --image-size, or leave it out."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

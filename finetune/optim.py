@@ -1,0 +1,71 @@
+"""Optimiser, learning-rate schedule and parameter groups, all PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from finetune.recipe import Recipe
+
+
+def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> list[dict[str, object]]:
+    """Return the trained parameters in groups with their peak learning rates.
+
+    Parameters that start fresh (the head, layers that the weights lacked) learn `head_lr_scale` times faster than those
+    that start from pretrained values. Biases and norm scales, one-dimensional, get no weight decay (He et al. 2019, "Bag
+    of Tricks for Image Classification", section 3.1).
+
+    Args:
+        suffix: what trains; only parameters with requires_grad count.
+        fresh: names of parameters that start fresh.
+        recipe: lr, head_lr_scale and weight_decay are read.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in suffix.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name in fresh, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": recipe.lr * (recipe.head_lr_scale if is_fresh else 1.0),
+            "weight_decay": recipe.weight_decay if decays else 0.0,
+        }
+        for (is_fresh, decays), parameters in groups.items()
+    ]
+
+
+def make_optimizer(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser over the trained parameters of `suffix`."""
+    groups = parameter_groups(suffix, fresh, recipe)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=recipe.lr)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> lr_scheduler.LRScheduler:
+    """Return the learning-rate schedule, to be stepped once per batch.
+
+    onecycle rises for the warm-up share of the steps and falls to nearly zero along cosines (Smith and Topin 2018,
+    "Super-Convergence"); momentum stays as it is. cosine rises linearly and falls along one cosine. constant stays.
+
+    Args:
+        optimizer: its groups' learning rates are the peaks.
+        recipe: schedule and warmup are read.
+        steps: steps in the whole run.
+    """
+    if recipe.schedule == "onecycle":
+        peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        share = min(max(recipe.warmup, 1 / max(steps, 2)), 0.95)
+        return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=share, cycle_momentum=False)
+    if recipe.schedule == "cosine":
+        rise = min(round(recipe.warmup * steps), steps - 1)
+        fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - rise))
+        if not rise:
+            return fall
+        start = lr_scheduler.LinearLR(optimizer, start_factor=1 / (rise + 1), total_iters=rise)
+        return lr_scheduler.SequentialLR(optimizer, [start, fall], milestones=[rise])
+    return lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)

@@ -1,0 +1,142 @@
+"""What a finished run leaves behind: figures, the model and its predictions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from finetune.compute import Computing
+from finetune.fit import Source, Split, predict, score
+from finetune.images import DataSplits
+from finetune.models import Prepared
+from finetune.recipe import PLACES, Recipe, to_table
+from finetune.rundir import MODEL, PREDICTIONS
+from weights.save import save_checkpoint, write_atomically, write_config
+
+TRAIN_SAMPLE = 10_000  # train images for train_accuracy: its standard error is below half a percent
+
+
+def train_figures(
+    module: nn.Module, train: Split, device: torch.device, dtype: torch.dtype, seed: int
+) -> dict[str, float]:
+    """Return train_accuracy in percent, in eval mode, of up to 10,000 training images drawn by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(train.labels), generator=generator)[:TRAIN_SAMPLE]
+    logits = predict(module, train.source, rows, device, dtype)
+    return {"train_accuracy": score(logits, train.labels[rows])[1]}
+
+
+def test_logits(module: nn.Module, source: Source, count: int, device: torch.device) -> torch.Tensor:
+    """Return logits float32 (N, classes) of the test split; what trained runs in fp32 whatever it trained in."""
+    return predict(module, source, torch.arange(count), device, torch.float32)
+
+
+def test_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return test_accuracy in percent and test_loss in nats."""
+    loss, accuracy = score(logits, labels)
+    return {"test_accuracy": accuracy, "test_loss": loss}
+
+
+def summarise(
+    recipe: Recipe,
+    data: DataSplits,
+    prepared: Prepared,
+    computing: Computing,
+    progress: Mapping[str, Any],
+    figures: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return the summary of a finished run, as written to summary.json.
+
+    It is called when the frozen tensors have been proved unchanged.
+    """
+    trained = set(prepared.selection.trained)
+    sizes = {name: value.numel() for name, value in prepared.model.named_parameters()}
+    last = progress["rows"][-1] if progress["rows"] else {}
+    kept = progress["best_epoch"] if recipe.patience and progress["best_epoch"] else progress["epoch"]
+    prefix = computing.prefix.choice if computing.prefix else None
+    formats = {computing.training.precision} | ({prefix.precision} if prefix else set())
+    return {
+        "arch": prepared.arch.full_name,
+        "test_accuracy": figures.get("test_accuracy"),
+        "test_loss": figures.get("test_loss"),
+        "train_accuracy": figures["train_accuracy"],
+        "val_accuracy": last.get("val_accuracy"),
+        "epochs": progress["epoch"],
+        "kept_epoch": kept,
+        "images_seen": progress["epoch"] * len(data.train),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "parameters": {
+            "total": sum(sizes.values()),
+            "trained": sum(size for name, size in sizes.items() if name in trained),
+        },
+        "trained_layers": [name or "all" for name in prepared.selection.names],
+        "frozen_unchanged": True,
+        "frozen_tensors": len(prepared.selection.frozen),
+        "weights": {"source": prepared.source, "sha256": prepared.sha256},
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "test_sha256": data.test_sha256,
+            "classes": len(data.classes),
+            "train": len(data.train),
+            "val": len(data.val or ()),
+            "test": len(data.test or ()),
+        },
+        "device": str(next(prepared.model.parameters()).device.type),
+        "precision": "fp32" if formats == {"fp32"} else "bf16",
+        "compile": bool(computing.training.compiled or (prefix and prefix.compiled)),
+        "computed": computing.choices(),
+        "features": {"where": computing.placement.where, "bytes": computing.placement.bytes},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "torchvision", "timm", "finetune-timm")},
+        },
+    }
+
+
+def write_model(folder: Path, recipe: Recipe, data: DataSplits, prepared: Prepared) -> None:
+    """Write model.safetensors and config.json, which timm loads as "local-dir:FOLDER".
+
+    The metadata hold what shaped the result and no paths, times or versions: equal runs give equal bytes.
+    """
+    preprocessing = prepared.preprocessing
+    size = [3, preprocessing.size, preprocessing.size]
+    settings = {name: value for name, value in to_table(recipe).items() if name not in PLACES}
+    about = {
+        "arch": prepared.arch.full_name,
+        "classes": list(data.classes),
+        "preprocessing": {
+            "input_size": size,
+            "interpolation": preprocessing.interpolation,
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+        },
+        "trained_layers": list(prepared.selection.names),
+        "weights_sha256": prepared.sha256,
+        "settings": {**settings, "data": data.name},
+    }
+    save_checkpoint(folder / MODEL, prepared.model.state_dict(), about)
+    write_config(
+        folder / "config.json",
+        arch=prepared.arch,
+        num_classes=len(data.classes),
+        classes=data.classes,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=preprocessing.interpolation,
+        input_size=size,
+        model_args=prepared.model_args,
+    )
+
+
+def write_predictions(folder: Path, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Write predictions.safetensors: `logits` float32 (N, classes) and `labels` int64 (N,) of the test split."""
+    write_atomically(folder / PREDICTIONS, safetensors.torch.save({"logits": logits, "labels": labels}))

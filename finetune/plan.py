@@ -1,0 +1,168 @@
+"""What a run is going to do and cost, known before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from finetune.precision import Choice
+from weights.errors import UsageError
+
+DISK_RESERVE = 2 * 10**9  # bytes left free on the cache's disk, so that nothing else on it fails
+MEMORY_SHARE = 0.6  # of what is free: training itself, and the system's file cache, want the rest
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where features will be.
+
+    Attributes:
+        where: "ram", "disk" (memory-mapped), "off" (computed in every epoch) or "uncut" (there is no prefix).
+        on_disk: whether they are also kept on disk for the next run.
+        bytes: of all features.
+        reason: one clause for people.
+    """
+
+    where: str
+    on_disk: bool
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The short form of a run before it starts.
+
+    Attributes:
+        arch: full timm name.
+        data: name of the data set.
+        counts: images in train, validation and test.
+        device: name of the device.
+        parameters: in all, and how many train.
+        trained_layers: what trains, by name.
+        frozen_share: the prefix's share of a forward pass's multiply-adds, 0 to 1.
+        prefix: choice for the prefix; None when uncut.
+        training: choice for what trains.
+        placement: where features will be.
+        feature_views: image views whose features are still to be computed.
+        epochs: how many.
+        batch_size: images per step.
+        feature_seconds: expected time for features.
+        epoch_seconds: expected time of one epoch of training.
+        eval_seconds: expected time of all evaluation.
+    """
+
+    arch: str
+    data: str
+    counts: tuple[int, int, int]
+    device: str
+    parameters: tuple[int, int]
+    trained_layers: tuple[str, ...]
+    frozen_share: float
+    prefix: Choice | None
+    training: Choice
+    placement: Placement
+    feature_views: int
+    epochs: int
+    batch_size: int
+    feature_seconds: float
+    epoch_seconds: float
+    eval_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Expected time of the whole run."""
+        return self.feature_seconds + self.epochs * self.epoch_seconds + self.eval_seconds
+
+    def sentences(self) -> list[str]:
+        """Return the plan as a few lines for people."""
+        total, trained = self.parameters
+        train, val, test = self.counts
+        lines = [
+            f"{self.arch} on {self.data}: {train:,} train, {val:,} validation, {test:,} test images",
+            f"trains {', '.join(name or 'everything' for name in self.trained_layers)}: {trained:,} of {total:,} parameters",
+            f"device {self.device}; training in {self.training} ({self.training.reason})",
+        ]
+        if self.prefix:
+            lines.append(
+                f"frozen part, {100 * self.frozen_share:.0f} % of a forward pass, in {self.prefix} ({self.prefix.reason})"
+            )
+        lines.append(f"features: {self.placement.reason}")
+        lines.append(
+            f"expected: {duration(self.feature_seconds)} for {self.feature_views:,} feature rows, "
+            f"{self.epochs} epochs of {duration(self.epoch_seconds)}, {duration(self.total_seconds)} in all"
+        )
+        return lines
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for people: "8 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 or seconds == 0 else "under 1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people: "11.0 GB"."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def place(
+    needed: int, *, mode: str, cache_dir: Path, limit: int, memory: int, held: int, fresh_each_epoch: bool
+) -> Placement:
+    """Decide where features go.
+
+    Args:
+        needed: bytes of all features.
+        mode: auto, ram, disk or off.
+        cache_dir: folder of the cache.
+        limit: most bytes the cache may take.
+        memory: most bytes of memory for features.
+        held: bytes of these features that are on disk already.
+        fresh_each_epoch: every epoch uses views of its own, so caching saves nothing within this run.
+
+    Raises:
+        UsageError: the asked-for place is too small.
+    """
+    if mode == "off":
+        return Placement("off", False, 0, "computed anew in every epoch, as asked")
+    if mode == "auto" and fresh_each_epoch and not held:
+        return Placement("off", False, 0, "every epoch has views of its own, so they are computed as it goes")
+    fits_memory = needed <= memory
+    if mode == "ram":
+        if not fits_memory:
+            raise UsageError(
+                f"--cache ram needs {size(needed)} for features and the memory budget is {size(memory)}; raise "
+                "--memory-budget, lower --limit or --views, or use --cache disk."
+            )
+        return Placement("ram", False, needed, f"{size(needed)} in memory, nothing on disk")
+    free = psutil.disk_usage(str(_existing(cache_dir))).free - DISK_RESERVE
+    fits_disk = needed <= limit and needed - held <= free
+    if fits_disk:
+        if fits_memory and mode == "auto":
+            return Placement("ram", True, needed, f"{size(needed)} in memory, kept on disk for the next run")
+        return Placement("disk", True, needed, f"{size(needed)} on disk, read as needed (memory budget {size(memory)})")
+    if mode == "disk":
+        raise UsageError(
+            f"--cache disk needs {size(needed)} for features; --cache-limit is {size(limit)} and {size(max(free, 0))} can be "
+            "used on that disk: raise the limit, point --cache-dir elsewhere, or use --cache off."
+        )
+    if fits_memory:
+        return Placement("ram", False, needed, f"{size(needed)} in memory; the disk budget is too small to keep them")
+    return Placement("off", False, 0, f"{size(needed)} fit neither disk nor memory, so they are computed in every epoch")
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder at or above `path` that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

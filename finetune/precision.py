@@ -1,0 +1,159 @@
+"""Number format and compilation, chosen by timing a few real steps.
+
+What a CPU's flags promise and what it does differ: bf16 without AMX or AVX512-BF16 is slower than fp32. So each candidate
+runs on real batches, and the fastest wins. Compiling is tried only when it would save more than it costs. The outcome is
+remembered per machine, architecture, cut and torch version, so the next run asks the file and not the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from weights.save import write_atomically
+
+# A tenth is the least that compiling a batch-norm-folded ResNet prefix gained where it was measured (docs/log.md);
+# the first compile of a process takes tens of seconds, of which 30 is a cautious guess until it has been timed here.
+COMPILE_GAIN = 0.1
+COMPILE_SECONDS = 30.0
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one part of a run is computed.
+
+    Attributes:
+        precision: fp32 or bf16.
+        compiled: whether through torch.compile.
+        rate: images per second measured for the choice; 0 when nothing had to be timed.
+        compile_seconds: what compiling took; 0 when not tried.
+        reason: one clause for people.
+    """
+
+    precision: str
+    compiled: bool
+    rate: float
+    compile_seconds: float
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of `precision`."""
+        return DTYPES[self.precision]
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
+
+
+Candidate = Callable[[str, bool], Callable[[], None]]
+"""build(precision, compiled) → a function that runs one timed step; raises when that cannot be built."""
+
+
+def choose(
+    build: Candidate,
+    *,
+    images_per_step: int,
+    work: int,
+    precision: str,
+    compile_mode: str,
+    compiler: str | None,
+    device: torch.device,
+) -> Choice:
+    """Time the candidates and return the fastest.
+
+    Args:
+        build: makes a step function for a precision and a compile flag.
+        images_per_step: images in each step.
+        work: images to be processed in the run, which decides whether compiling can pay.
+        precision: auto, fp32 or bf16.
+        compile_mode: auto, on or off.
+        compiler: path of the C++ compiler, or None where there is none.
+        device: where the steps run.
+
+    Returns:
+        The choice, its reason naming the rates of what was tried. A choice that was asked for is timed all the same,
+        for the plan.
+    """
+    precisions = ["fp32", "bf16"] if precision == "auto" else [precision]
+    rates: dict[str, float] = {}
+    for name in precisions:
+        try:
+            rates[name] = images_per_step / step_seconds(build(name, False), device)
+        except (RuntimeError, NotImplementedError):
+            if name == precisions[0]:
+                raise
+            rates[name] = 0.0  # an operation that this device does not have in bf16
+    best = max(rates, key=rates.__getitem__)
+    told = ", ".join(f"{name} {rate:.0f} img/s" for name, rate in rates.items())
+    if compile_mode == "off":
+        return Choice(best, False, rates[best], 0.0, told)
+    if device.type == "cpu" and compiler is None:
+        return Choice(best, False, rates[best], 0.0, f"{told}; not compiled: no C++ compiler found (install g++ or clang++)")
+    seconds = work / rates[best]
+    if compile_mode == "auto" and seconds * COMPILE_GAIN < COMPILE_SECONDS:
+        return Choice(best, False, rates[best], 0.0, f"{told}; {seconds:.0f} s of work would not repay compiling")
+    return _try_compiled(build, best, rates[best], told, images_per_step, work, compile_mode == "on", device)
+
+
+def _try_compiled(
+    build: Candidate, best: str, eager: float, told: str, images: int, work: int, forced: bool, device: torch.device
+) -> Choice:
+    """Compile the fastest eager candidate and keep it when it is faster, or when it was asked for."""
+    start = time.perf_counter()
+    try:
+        step = build(best, True)
+        step()
+    except Exception as error:  # whatever the compiler stack raises: the eager twin does the same work
+        first = (str(error).splitlines() or [""])[0][:120]
+        return Choice(best, False, eager, 0.0, f"{told}; compiling failed ({type(error).__name__}: {first})")
+    seconds = time.perf_counter() - start
+    rate = images / step_seconds(step, device)
+    told = f"{told}, compiled {rate:.0f} img/s after {seconds:.0f} s"
+    # The time of compiling is spent by now; later runs find most of it in the compiler's own cache.
+    return Choice(best, forced or rate > eager, max(rate, eager) if not forced else rate, seconds, told)
+
+
+def step_seconds(step: Callable[[], None], device: torch.device, *, repeats: int = 2) -> float:
+    """Return the fastest of a few timings of `step`, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def remembered(cache_dir: Path, about: Mapping[str, Any], measure: Callable[[], Choice]) -> Choice:
+    """Return the choice made earlier for the same situation, or measure and remember it.
+
+    Args:
+        cache_dir: the user's cache folder.
+        about: everything that the choice depends on (machine, arch, cut, sizes, torch version, what was asked).
+        measure: makes the choice when none is remembered.
+    """
+    key = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_dir / "measurements" / f"{key}.json"
+    try:
+        return Choice(**json.loads(path.read_text())["choice"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing there, or nothing that can be believed: measure
+    choice = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            write_atomically(path, json.dumps({"about": dict(about), "choice": asdict(choice)}, indent=1).encode())
+    except OSError:
+        return choice  # a cache folder that cannot be written costs the next run a few seconds, nothing else
+    return choice

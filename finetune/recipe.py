@@ -1,0 +1,232 @@
+"""A run's settings: one frozen dataclass, its checks, and its TOML form.
+
+Every default says its reason here, once; the command line takes its defaults and help from these fields. None means
+"chosen for you when the run starts", and is written as "auto" in recipe.toml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from weights.errors import UsageError, near_matches
+
+AUTO = "auto"
+
+
+def _setting(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one run. `help` in each field's metadata is what the command line shows."""
+
+    arch: str = _setting("resnet18", "Any timm architecture, with or without a pretrained tag (resnet50.a1_in1k).")
+    train_layers: tuple[str, ...] = _setting(
+        ("head",), "Layers that train, by name: layer4,fc; `head` is the new classifier, `all` is everything."
+    )
+    data: str = _setting("cifar100", "cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files or image folders.")
+    data_dir: Path | None = _setting(None, "Where named data sets are looked up first (else $FINETUNE_DATA, ./data).")
+    labels: str = _setting("fine", "CIFAR-100's 100 fine or 20 coarse classes.", choices=("fine", "coarse"))
+    weights: str = _setting("auto", "auto, none, a file, or a folder of pretrained weights.")
+    weights_dir: Path | None = _setting(None, "Local model directory searched by auto (else $FINETUNE_WEIGHTS).")
+    allow_missing: tuple[str, ...] = _setting((), "Layers that the weights may lack; they start fresh: layer4.")
+    image_size: int | None = _setting(None, "Input side in pixels; auto takes the pretrained weights' own (224).")
+    # Cached features make epochs cheap; small sets need enough of them to take a few hundred steps (see resolve_auto).
+    epochs: int | None = _setting(None, "Passes over the training images; auto takes 8, and more for small sets.")
+    batch_size: int | None = _setting(None, "Images per step; auto takes 128, and less for small sets.")
+    # 0.01 moves pretrained layers gently; layers that start fresh get ten times that (docs/log.md has the comparison).
+    lr: float = _setting(0.01, "Peak learning rate of layers that start from pretrained weights.")
+    head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
+    optimizer: str = _setting("sgd", "sgd is SGD with Nesterov momentum.", choices=("sgd", "adam", "adamw"))
+    momentum: float = _setting(0.9, "Momentum of sgd (0 to below 1).")
+    weight_decay: float = _setting(5e-4, "Weight decay.")
+    schedule: str = _setting("onecycle", "Learning-rate schedule.", choices=("onecycle", "cosine", "constant"))
+    warmup: float = _setting(0.2, "Share of all steps in which the learning rate rises (onecycle, cosine).")
+    label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
+    ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
+    patience: int = _setting(0, "Stop after this many epochs without a lower validation loss, keep the best; 0 is off.")
+    augment: str = _setting("flip", "flip mirrors half of the images; crop also shifts them.", choices=("none", "flip", "crop"))
+    views: int | None = _setting(None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones.")
+    val_fraction: float = _setting(0.1, "Share of train held out for validation when the data bring none; 0 trains on all.")
+    limit: int | None = _setting(None, "Use only this many training images, the same share of every class.")
+    seed: int = _setting(0, "Seed of everything random.")
+    device: str = _setting(AUTO, "auto, cpu, cuda, cuda:N or mps.")
+    precision: str = _setting(AUTO, "auto times a few steps of each and takes the faster.", choices=(AUTO, "fp32", "bf16"))
+    compile: str = _setting(AUTO, "auto compiles when that saves more than it costs.", choices=(AUTO, "on", "off"))
+    cache: str = _setting(AUTO, "Where frozen features stay: auto keeps them on disk for the next run, ram, disk, or off.",
+                          choices=(AUTO, "ram", "disk", "off"))
+    cache_dir: Path | None = _setting(None, "Folder of cached features; auto is the user's cache folder.")
+    cache_limit: str = _setting("50GB", "Most that cached features may take on disk; the oldest go first.")
+    memory_budget: str | None = _setting(None, "Most memory for features; auto is 60 % of what is free. More is read from disk.")
+
+
+PATHS = ("data_dir", "weights_dir", "cache_dir")
+# Settings that say where to look or how to compute, not what is learned: left out of checkpoints' metadata.
+PLACES = ("data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device")
+
+
+def check(recipe: Recipe) -> None:
+    """Check every value that can be checked without looking at data or weights.
+
+    Raises:
+        UsageError: the first setting that cannot be right; the sentence gives value, range and next step.
+    """
+    for item in dataclasses.fields(Recipe):
+        value, choices = getattr(recipe, item.name), item.metadata["choices"]
+        if choices and value not in choices:
+            raise UsageError(
+                f"{flag(item.name)} is '{value}'{near_matches(str(value), choices)}; it can be {', '.join(choices)}."
+            )
+    for name in ("image_size", "epochs", "batch_size", "views", "limit"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{flag(name)} is {value}; give a whole number of at least 1.")
+    above_zero = {"lr": recipe.lr, "head_lr_scale": recipe.head_lr_scale}
+    for name, number in above_zero.items():
+        if not 0 < number < float("inf"):
+            raise UsageError(f"{flag(name)} is {number}; give a number above 0.")
+    below_one = {
+        "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
+        "warmup": recipe.warmup, "val_fraction": recipe.val_fraction,
+    }  # fmt: skip
+    for name, number in below_one.items():
+        if not 0 <= number < 1:
+            raise UsageError(f"{flag(name)} is {number}; give a number from 0 to below 1.")
+    if not 0 <= recipe.weight_decay < float("inf"):
+        raise UsageError(f"{flag('weight_decay')} is {recipe.weight_decay}; give 0 or more.")
+    if recipe.patience < 0:
+        raise UsageError(f"--patience is {recipe.patience}; give 0 (off) or a number of epochs.")
+    if recipe.patience and recipe.val_fraction == 0:
+        raise UsageError("--patience needs validation images, and --val-fraction 0 leaves none; drop one of the two.")
+    if recipe.views is not None and recipe.augment != "crop":
+        raise UsageError(
+            f"--views {recipe.views} goes with --augment crop only; {recipe.augment} has a fixed number of outcomes, "
+            "and all of them are used."
+        )
+    if not recipe.train_layers:
+        raise UsageError("--train-layers is empty; name layers to train, such as head or layer4,fc, or all.")
+    parse_bytes(recipe.cache_limit, "--cache-limit")
+    if recipe.memory_budget is not None:
+        parse_bytes(recipe.memory_budget, "--memory-budget")
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting: `lr` → `--lr`."""
+    return "--" + name.replace("_", "-")
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Return a number of bytes from text such as "500MB" or "8GiB".
+
+    Raises:
+        UsageError: the text is no size above 0.
+    """
+    stripped = text.strip().upper()
+    digits = stripped.rstrip("KMGTIB ")
+    try:
+        size = int(float(digits) * UNITS[stripped[len(digits) :].strip()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"{name} is '{text}'; give a size above 0 such as 500MB or 8GB.")
+    return size
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain TOML values; None becomes "auto"."""
+    table: dict[str, Any] = {}
+    for item in dataclasses.fields(Recipe):
+        value = getattr(recipe, item.name)
+        if value is None:
+            value = AUTO
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        table[item.name] = value
+    return table
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return recipe.toml's text: every setting, defaults included."""
+    return "# Repeat this run with: finetune run --config recipe.toml\n" + tomli_w.dumps(to_table(recipe))
+
+
+def from_table(table: dict[str, Any], where: str) -> Recipe:
+    """Build a recipe from TOML values; settings that are absent keep their defaults.
+
+    Args:
+        table: names and values.
+        where: what to call the source in error messages.
+
+    Raises:
+        UsageError: an unknown name (near matches are offered) or a value of the wrong type.
+    """
+    known = {item.name: item for item in dataclasses.fields(Recipe)}
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in known:
+            raise UsageError(f"{where} has an unknown setting '{name}'{near_matches(name, known)}.")
+        values[name] = _typed(known[name], value, where)
+    return Recipe(**values)
+
+
+def _typed(item: dataclasses.Field[Any], value: Any, where: str) -> Any:
+    """Turn one TOML value into the field's type."""
+    kind = str(item.type)
+    if value == AUTO and "None" in kind:
+        return None
+    wanted = "text"
+    if kind.startswith("int"):
+        wanted = "a whole number"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind.startswith("float"):
+        wanted = "a number"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif kind.startswith("tuple"):
+        wanted = "a list of texts"
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+    elif isinstance(value, str):
+        return Path(value) if kind.startswith("Path") else value
+    raise UsageError(f"{where} has {item.name} = {value!r}; it must be {wanted}.")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a recipe file's settings.
+
+    Raises:
+        UsageError: the file is missing, unreadable or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The recipe {path} cannot be read ({error.strerror}); give the path of a recipe.toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {path} is no valid TOML ({error}); mend that line.") from None
+
+
+def resolve_auto(recipe: Recipe, images: int) -> Recipe:
+    """Fill in epochs, batch size and views for a training set of `images` images.
+
+    Steps, not epochs, decide how far a small set gets: at least 500 steps (the shortest schedule of Kolesnikov et al.
+    2020, "Big Transfer", section 3.3), within 8 to 40 epochs; a batch holds at most a twentieth of the images.
+    """
+    batch = recipe.batch_size or next((size for size in (128, 64, 32) if size * 20 <= images), 16)
+    per_epoch = -(-images // batch)
+    epochs = recipe.epochs or min(40, max(8, -(-500 // per_epoch)))
+    views = epochs if recipe.augment == "crop" and recipe.views is None else recipe.views
+    return dataclasses.replace(recipe, batch_size=batch, epochs=epochs, views=views)

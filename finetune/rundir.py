@@ -1,0 +1,145 @@
+"""The run directory: which folder, what is in it, and how each file is written.
+
+Every file is written whole or not at all. A run is finished when it has summary.json, which is written last; until then
+checkpoint.pt holds all that a resumed run needs.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from finetune.recipe import Recipe, from_table, read_toml, to_toml
+from weights.errors import RunError
+from weights.save import write_atomically
+
+RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"
+MODEL, PREDICTIONS = "model.safetensors", "predictions.safetensors"
+
+
+class RunDirectory:
+    """One run's folder, locked while it is in use.
+
+    Args:
+        path: the folder; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    def __enter__(self) -> RunDirectory:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{self.path} is in use by another run; wait until that one has ended, or give another --output."
+            ) from None
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror}); give another --output.") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        (self.path / ".lock").unlink(missing_ok=True)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write recipe.toml."""
+        write_atomically(self.path / RECIPE, to_toml(recipe).encode())
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl, a line per epoch."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.path / METRICS, text.encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json: from here on the run is finished."""
+        write_atomically(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Return the summary of a finished run, or None."""
+        try:
+            summary: dict[str, Any] = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / SUMMARY} is damaged ({error}); delete it and resume the run again.") from error
+        return summary
+
+    def write_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt: tensors and plain values."""
+        write_atomically(self.path / CHECKPOINT, lambda file: torch.save(state, file))
+
+    def read_checkpoint(self) -> dict[str, Any] | None:
+        """Return what `write_checkpoint` was given, or None when the run had not finished an epoch.
+
+        Raises:
+            RunError: the file is damaged, or is no checkpoint.
+        """
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            state["progress"]
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise RunError(f"{path} is damaged ({first}); delete it to start this run from its first epoch.") from error
+        return dict(state)
+
+    def drop_checkpoint(self) -> None:
+        """Delete checkpoint.pt: a finished run does not need it."""
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def create_run_directory(output: Path | None, name: str) -> RunDirectory:
+    """Make the folder of a new run.
+
+    Args:
+        output: the folder that was asked for; it may exist when it is empty. None makes runs/NAME-0001 or the next
+            number that is free.
+        name: for None.
+
+    Raises:
+        RunError: the folder holds files already, or cannot be made.
+    """
+    try:
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            held = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
+            if held:
+                finished = SUMMARY in held
+                advice = "" if finished or RECIPE not in held else f" (or go on with --resume {output})"
+                raise RunError(
+                    f"{output} already holds {'a finished run' if finished else held[0]}; give another --output{advice}."
+                )
+            return RunDirectory(output)
+        for number in range(1, 10_000):
+            path = Path("runs") / f"{name}-{number:04d}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return RunDirectory(path)
+    except OSError as error:
+        where = output or Path("runs").resolve()
+        raise RunError(f"{where} cannot be created ({error.strerror}); give another --output.") from error
+    raise RunError("runs/ holds 9,999 runs of this name; give --output, or clear it.")
+
+
+def open_run_directory(path: Path) -> tuple[RunDirectory, Recipe]:
+    """Return an existing run's folder and recipe.
+
+    Raises:
+        RunError: there is no run.
+    """
+    if not (path / RECIPE).is_file():
+        found = "does not exist" if not path.exists() else "holds no recipe.toml"
+        raise RunError(f"--resume {path}: it {found}; give the folder of a run that was started before.")
+    return RunDirectory(path), from_table(read_toml(path / RECIPE), str(path / RECIPE))

@@ -1,0 +1,152 @@
+"""Where training batches come from: the feature cache, or images on the fly. Both give the same values."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import Timeout
+
+from finetune.augment import Preprocessing, Views
+from finetune.cache import Entry, key_of, make_room
+from finetune.events import Events
+from finetune.features import Features, Progressing, compute_view
+from finetune.images import ImageSet
+from finetune.plan import Placement
+from finetune.prefix import PreparedPrefix
+
+
+class Live:
+    """Batches computed when they are asked for: views, preprocessing, and the prefix where there is one.
+
+    Args:
+        data: the split.
+        views: its views.
+        preprocessing: pixels to model input.
+        prefix: the frozen part, or None for a model that trains uncut.
+        device: where batches are wanted.
+        dtype: of the model input of an uncut model.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        views: Views,
+        preprocessing: Preprocessing,
+        prefix: PreparedPrefix | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.data, self.views, self.preprocessing = data, views, preprocessing
+        self.prefix, self.device, self.dtype = prefix, device, dtype
+
+    def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the inputs of what trains for int64 (B,) rows and views, on the device."""
+        images = self.views.apply(self.data.images[rows].to(self.device, non_blocking=True), rows, views)
+        if self.prefix is None:
+            return (self.preprocessing(images, self.dtype),)
+        return self.prefix.prefix(images)
+
+
+@dataclass
+class FeatureBuilder:
+    """Gives each split's features, from the cache as far as they are there.
+
+    Attributes:
+        prepared: the prefix.
+        placement: where features go.
+        cache_dir: folder of the cache.
+        limit: most bytes the cache may take on disk.
+        events: told of progress and damage.
+        stop: asked between chunks; may raise to end the run.
+        seconds: time spent so far.
+    """
+
+    prepared: PreparedPrefix
+    placement: Placement
+    cache_dir: Path
+    limit: int
+    events: Events
+    stop: Callable[[], None] = lambda: None
+    seconds: float = 0.0
+    _keys: list[str] = field(default_factory=list)
+
+    def entries(self, data: ImageSet, views: Views) -> list[tuple[Entry, dict[str, object]]]:
+        """Return each view's cache entry with the ingredients of its key; nothing is opened."""
+        images = images_sha256(data.images)
+        made = []
+        for view in range(views.count):
+            about = {**self.prepared.identity, "images": images, "view": views.describe(view)}
+            rows = self.prepared.prefix.rows
+            folder = self.cache_dir / "features" / key_of(about)
+            entry = Entry(folder, len(data), tuple(row.stored for row in rows), tuple(row.dtype for row in rows))
+            made.append((entry, about))
+        return made
+
+    def features(self, data: ImageSet, views: Views, name: str) -> Features:
+        """Return a split's features, computing what is absent.
+
+        Args:
+            data: the split.
+            views: its views.
+            name: what to call the split in progress lines.
+
+        Raises:
+            RunError: the cache cannot be written.
+        """
+        start = time.perf_counter()
+        device = self.prepared.prefix.device
+        progress = Progressing(self.events.progress, len(data) * views.count, f"features of {name}", self.stop)
+        keep = self.placement.where == "ram"
+        tensors = []
+        if not self.placement.on_disk:
+            for view in range(views.count):
+                tensors.append(
+                    compute_view(self.prepared.prefix, data, views, view, entry=None, keep=True, report=progress)
+                )
+        else:
+            for view, (entry, about) in enumerate(self.entries(data, views)):
+                tensors.append(self._from_disk(data, views, view, entry, about, keep, progress))
+        self.seconds += time.perf_counter() - start
+        return Features(tensors, device)
+
+    def _from_disk(
+        self,
+        data: ImageSet,
+        views: Views,
+        view: int,
+        entry: Entry,
+        about: dict[str, object],
+        keep: bool,
+        progress: Progressing,
+    ) -> list[torch.Tensor]:
+        """Read one view through its cache entry, holding the entry's lock while it may be written."""
+        self._keys.append(entry.folder.name)
+        entry.folder.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(entry.lock.acquire(timeout=0))
+            except Timeout:
+                self.events.note("Another run is computing these features; waiting for it to finish.")
+                stack.enter_context(entry.lock.acquire())
+            entry.load_journal()
+            make_room(self.cache_dir, entry.missing_rows() * sum(entry.row_bytes), self.limit, self._keys)
+            entry.open(about)
+            tensors = compute_view(self.prepared.prefix, data, views, view, entry=entry, keep=keep, report=progress)
+        if entry.damaged:
+            self.events.note(
+                f"Cached features {entry.folder.name} were damaged in {len(entry.damaged)} chunks; these were computed again."
+            )
+        return tensors
+
+
+def images_sha256(images: torch.Tensor) -> str:
+    """Return the sha256 of uint8 images (N, 3, H, W) in their order, shape included."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    digest.update(images.contiguous().reshape(-1).numpy())
+    return digest.hexdigest()

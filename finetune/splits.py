@@ -1,0 +1,189 @@
+"""Which image is in which split, decided by what an image is and never by where it was found.
+
+Every image has a digest: the sha256 of its class name, shape and pixels. Splits are chosen by hashing the digests once
+more with a salt, so that renaming, shuffling or repacking the files changes nothing. The identity of a data set is the
+hash of its sorted digests.
+
+Legend: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune.images import DataSplits, ImageSet, RawData
+from weights.errors import UsageError
+
+TEST_FRACTION = 0.1
+"""Share of a folder of classes that is held out for the test when the data bring no test split."""
+
+TEST_SALT = "test"
+"""Carries no seed: the test images are the same for every seed, or results of two seeds could not be compared."""
+
+Digests = list[bytes]
+Mask = NDArray[np.bool_]
+
+
+def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = None, seed: int = 0) -> DataSplits:
+    """Hold out the validation (and where needed the test) images, then limit the training images.
+
+    The order is fixed: test, validation, limit. So the validation images of a seed are the same for every limit. A
+    validation split that the data bring is used as it is, whatever `val_fraction` says. Images keep their order.
+
+    Args:
+        raw: the data set as found.
+        val_fraction: share of the training images to hold out, stratified; 0 holds out none.
+        limit: how many training images to keep, stratified; None keeps all. The other splits are not limited.
+        seed: decides which images are held out and kept.
+
+    Returns:
+        The splits, with their identities and with notes on all that was held out.
+
+    Raises:
+        UsageError: `val_fraction` outside 0..1, or `limit` below 1.
+    """
+    check_settings(val_fraction=val_fraction, limit=limit)
+    notes = list(raw.notes)
+    train, digests = raw.train, image_digests(raw.train)
+    found = {"train": digests}
+    test, test_digests = raw.test, None if raw.test is None else image_digests(raw.test)
+    if test_digests is not None:
+        found["test"] = test_digests
+    if raw.val is not None:
+        found["val"] = image_digests(raw.val)
+    sha256 = identity(found)
+
+    if raw.hold_out_test:
+        train, digests, test, test_digests = _hold_out(train, digests, TEST_FRACTION, salt=TEST_SALT)
+        notes.append(f"The data bring no test split: {_count(test)} were held out, the same for every seed.")
+    elif test is None:
+        notes.append("The data bring no test split: there is no test accuracy.")
+
+    val = raw.val
+    if val is not None and val_fraction == 0:
+        notes.append(f"The data bring a validation split of {_count(val)}: it is used as it is.")
+    elif val is None and val_fraction > 0:
+        train, digests, val, _ = _hold_out(train, digests, val_fraction, salt=f"val:{seed}")
+        if val is None:
+            notes.append("There is no validation split: no class can spare an image for it.")
+
+    if limit is not None and limit < len(train):
+        train = take(train, choose(train, digests, limit, salt=f"limit:{seed}", cover=True))
+        missing = len(train.classes) - len(torch.unique(train.labels))
+        if missing:
+            notes.append(f"--limit {limit} leaves {missing} of {len(train.classes)} classes without a training image.")
+    elif limit is not None and limit > len(train):
+        notes.append(f"--limit {limit} is more than there is: all {_count(train)} are used for training.")
+
+    test_sha256 = None if test_digests is None else identity({"test": test_digests})
+    return DataSplits(raw.name, train, val, test, sha256, test_sha256, tuple(notes))
+
+
+def check_settings(*, val_fraction: float, limit: int | None) -> None:
+    """Refuse a share or a count that cannot be right, before any file is read.
+
+    Raises:
+        UsageError: `val_fraction` outside 0..1 (1 itself leaves nothing to learn from), or `limit` below 1.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction is {val_fraction:g}; expected 0 or more and less than 1, for example 0.1.")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}; expected at least 1 training image.")
+
+
+def image_digests(images: ImageSet) -> Digests:
+    """Return the sha256 of class name, shape and pixels of each image: N digests of 32 bytes, in the set's order."""
+    shape = ",".join(str(size) for size in images.images.shape[1:])
+    # A name cannot hold "\0", so no two (name, shape) pairs run together to the same bytes.
+    starts = [hashlib.sha256(f"{name}\0{shape}\0".encode()) for name in images.classes]
+    pixels = images.images.reshape(len(images), -1).contiguous().numpy()  # (N, C*H*W)
+    digests = []
+    for row, label in zip(pixels, images.labels.tolist(), strict=True):
+        image = starts[label].copy()
+        image.update(row)
+        digests.append(image.digest())
+    return digests
+
+
+def identity(splits: Mapping[str, Digests]) -> str:
+    """Return the hex sha256 of a data set: of every image's split and digest, in sorted order.
+
+    Args:
+        splits: digests of each split's images, by split name (`train`, `val`, `test`).
+    """
+    whole = hashlib.sha256()
+    for name in sorted(splits):
+        whole.update(f"{name}\0{len(splits[name])}\0".encode())
+        whole.update(b"".join(sorted(splits[name])))
+    return whole.hexdigest()
+
+
+def choose(
+    images: ImageSet, digests: Digests, count: int, *, salt: str, leave_one: bool = False, cover: bool = False
+) -> Mask:
+    """Choose `count` images, each class in proportion to its size, by a salted hash of their digests.
+
+    Within a class, images are ranked by hash. The image at rank r of a class of n stands at (r + 0.5) / n, and those
+    with the lowest standing are taken. So a larger count takes the same images and more.
+
+    Args:
+        images: the set to choose from.
+        digests: of the same images, in the same order.
+        count: how many to take.
+        salt: text hashed with every digest: another salt is another choice.
+        leave_one: never take the last image of a class.
+        cover: take one image of every class before a second of any.
+
+    Returns:
+        bool (N,), True for the images taken. Fewer than `count` when `leave_one` leaves no more.
+    """
+    start = hashlib.sha256(salt.encode() + b"\0")
+    hashes = []
+    for digest in digests:
+        image = start.copy()
+        image.update(digest)
+        hashes.append(image.digest()[:8])
+    keys = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
+
+    labels = images.labels.numpy()
+    by_class = np.lexsort((keys, labels))  # (N,): class after class, each in the order of its hashes
+    label = labels[by_class]
+    sizes = np.bincount(labels, minlength=len(images.classes))  # (K,)
+    rank = np.arange(len(labels)) - (np.cumsum(sizes) - sizes)[label]
+    standing = (rank + 0.5) / sizes[label]
+    later = (rank > 0) & cover
+    order = np.lexsort((label, standing, later))
+    if leave_one:
+        order = order[(rank < sizes[label] - 1)[order]]
+    mask = np.zeros(len(labels), dtype=np.bool_)
+    mask[by_class[order[:count]]] = True
+    return mask
+
+
+def take(images: ImageSet, mask: Mask) -> ImageSet:
+    """Return the images where `mask` (bool (N,)) is True, in their order."""
+    index = torch.from_numpy(np.flatnonzero(mask))
+    return ImageSet(images.images[index], images.labels[index], images.classes)
+
+
+def _hold_out(
+    images: ImageSet, digests: Digests, fraction: float, *, salt: str
+) -> tuple[ImageSet, Digests, ImageSet | None, Digests | None]:
+    """Split off a share (at least one image, if any class can spare one): the rest and the share, each with digests."""
+    count = max(1, round(fraction * len(images)))
+    mask = choose(images, digests, count, salt=salt, leave_one=True)
+    if not mask.any():
+        return images, digests, None, None
+    kept = [digest for digest, out in zip(digests, mask, strict=True) if not out]
+    held = [digest for digest, out in zip(digests, mask, strict=True) if out]
+    return take(images, ~mask), kept, take(images, mask), held
+
+
+def _count(images: ImageSet | None) -> str:
+    count = 0 if images is None else len(images)
+    return f"{count:,} image" if count == 1 else f"{count:,} images"

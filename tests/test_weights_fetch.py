@@ -1,0 +1,180 @@
+"""Downloads, against servers on this machine only."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import pytest
+
+from weights.arch import Arch, resolve_arch
+from weights.errors import WeightsError
+from weights.fetch import download, from_url, has_source, hub_files
+from weights.locate import locate
+
+CONTENT = b"these are weights" * 100
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+GOOD = f"tiny-{DIGEST[:8]}.pth"
+BAD = "tiny-00000000.pth"
+
+
+@dataclass
+class Server:
+    """A server on this machine that gives CONTENT for the known paths and 404 for others."""
+
+    address: str
+    known: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            running.asked.append(f"{self.command} {self.path}")
+            there = self.path in running.known
+            self.send_response(200 if there else 404)
+            if there:
+                self.send_header("ETag", f'"{DIGEST}"')
+                self.send_header("X-Repo-Commit", "c" * 40)
+            else:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(CONTENT) if there else 0))
+            self.end_headers()
+            if there and body:
+                self.wfile.write(CONTENT)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        running = Server(f"http://127.0.0.1:{http.server_port}")
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield running
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty caches, and a hub address on which nothing listens."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("FINETUNE_WEIGHTS", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_at(monkeypatch, "http://127.0.0.1:9")
+    return tmp_path
+
+
+def hub_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+
+def arch_at(url: str = "", hub: str = "") -> Arch:
+    return replace(resolve_arch("resnet18"), config={"url": url, "hf_hub_id": hub})
+
+
+def files_under(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_file_with_the_right_hash_arrives_in_torch_hubs_cache(server: Server, caches: Path) -> None:
+    server.known.add(f"/{GOOD}")
+    path = download(arch_at(f"{server.address}/{GOOD}"))
+    assert path == caches / "torch" / "hub" / "checkpoints" / GOOD
+    assert path.read_bytes() == CONTENT
+
+
+def test_locate_downloads_once_and_finds_the_file_in_the_cache_then(server: Server) -> None:
+    server.known.add(f"/{GOOD}")
+    arch = arch_at(f"{server.address}/{GOOD}")
+    first = locate(arch)
+    second = locate(arch)
+    assert (first.source, second.source) == ("download", f"torch hub cache, {GOOD}")
+    assert first.path == second.path
+    assert server.asked == [f"GET /{GOOD}"]
+
+
+def test_a_file_with_the_wrong_hash_is_refused_and_nothing_stays(server: Server, caches: Path) -> None:
+    server.known.add(f"/{BAD}")
+    with pytest.raises(WeightsError, match=r'does not match its hash and was thrown away: .*expected "00000000"'):
+        download(arch_at(f"{server.address}/{BAD}"))
+    assert files_under(caches) == []
+
+
+def test_an_absent_file_is_named_with_its_status(server: Server, caches: Path) -> None:
+    with pytest.raises(WeightsError, match=f"{GOOD} \\(.*Not Found.*\\)"):
+        download(arch_at(f"{server.address}/{GOOD}"))
+    assert files_under(caches) == []
+
+
+def test_without_a_network_the_error_names_places_and_ways_on(caches: Path) -> None:
+    arch = arch_at(f"http://127.0.0.1:9/{GOOD}", hub="timm/tiny")
+    with pytest.raises(WeightsError) as error:
+        download(arch, ["--weights-dir models"])
+    text = str(error.value)
+    assert text.startswith(
+        "no weights for resnet18.tv_in1k: searched --weights-dir models, Hugging Face hub timm/tiny ("
+    )
+    assert f"http://127.0.0.1:9/{GOOD} (" in text
+    for way in ("--weights-dir", "--weights FILE", "--weights none", "run again with a network"):
+        assert way in text
+    assert "\n" not in text
+    assert files_under(caches) == []
+
+
+def test_plain_http_is_refused_except_on_this_machine(caches: Path) -> None:
+    with pytest.raises(WeightsError, match=r"refused http://example\.com/a\.pth: only https addresses are trusted"):
+        from_url("http://example.com/a.pth", caches / "a.pth")
+    with pytest.raises(WeightsError, match=r"refused file:///a\.pth"):
+        from_url("file:///a.pth", caches / "a.pth")
+
+
+def test_the_hub_is_asked_first_and_its_cache_used(
+    server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_at(monkeypatch, server.address)
+    server.known.add("/timm/tiny/resolve/main/pytorch_model.bin")
+    path = download(arch_at(f"{server.address}/{GOOD}", hub="timm/tiny"))
+    assert path.read_bytes() == CONTENT
+    assert path.is_relative_to(caches / "hub" / "models--timm--tiny")
+    assert server.asked[0] == "HEAD /timm/tiny/resolve/main/model.safetensors"
+    assert f"GET /{GOOD}" not in server.asked
+    found = locate(arch_at(hub="timm/tiny"))
+    assert (found.path, found.source) == (path, "Hugging Face cache, timm/tiny")
+
+
+def test_after_the_hub_comes_the_address(server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_at(monkeypatch, server.address)
+    server.known.add(f"/{GOOD}")
+    assert download(arch_at(f"{server.address}/{GOOD}", hub="timm/tiny")).name == GOOD
+
+
+def test_a_network_without_any_source_says_so() -> None:
+    arch = arch_at()
+    assert not has_source(arch)
+    assert not has_source(arch_at("https://example.com/vit.npz"))
+    with pytest.raises(WeightsError, match=r"^timm knows no pretrained weights for resnet18\.tv_in1k.*--weights none"):
+        download(arch)
+
+
+def test_names_on_the_hub() -> None:
+    own = replace(arch_at(), config={"hf_hub_filename": "open_clip_pytorch_model.bin"})
+    assert hub_files(own) == ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+    assert hub_files(arch_at()) == ("model.safetensors", "pytorch_model.bin")

@@ -1,0 +1,184 @@
+"""Downloads, through the clients that own the caches: torch.hub and huggingface_hub.
+
+torchvision's own files come from torchvision's address, whose file name carries a hash to check; everything else comes
+from the Hugging Face hub first (which checks its own hashes) and from timm's address second. Each client writes to its
+own cache, so other programs find the files too, and shows its own progress bar.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import torch.hub
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from weights.arch import Arch, weights_url
+from weights.errors import WeightsError
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names that timm's repositories on the hub keep weights under, in order of preference."""
+
+TIMEOUT = 10.0
+"""Seconds without an answer before a server counts as unreachable."""
+
+_HASH = re.compile(r"-([0-9a-f]{8,64})\.")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_TORCHVISION = "download.pytorch.org"
+_WAYS_ON = (
+    "Put the file in --weights-dir, name it with --weights FILE, start from random weights with --weights none, "
+    "or run again with a network"
+)
+
+
+def download(arch: Arch, searched: Sequence[str] = ()) -> Path:
+    """Download the pretrained weights of a network into the client's own cache.
+
+    Args:
+        arch: the network; its configuration names the sources.
+        searched: places already searched on this machine, for the error message.
+
+    Returns:
+        The downloaded file.
+
+    Raises:
+        WeightsError: when no source gives the file, or gives one with the wrong hash; nothing is left behind.
+    """
+    reasons = []
+    for name, fetch in _sources(arch):
+        try:
+            return fetch(arch)
+        except WeightsError as error:
+            reasons.append(f"{name} ({error})")
+    raise not_found(arch, [*searched, *reasons])
+
+
+def not_found(arch: Arch, searched: Sequence[str]) -> WeightsError:
+    """Return the error for weights that are nowhere: the places searched, and the ways on.
+
+    Args:
+        arch: the network whose weights are missing.
+        searched: places in the order they were searched, each with what was wrong there.
+    """
+    if not has_source(arch):
+        return WeightsError(
+            f"timm knows no pretrained weights for {arch.full_name}, and none were found in {_listed(searched)}. "
+            "Give --weights FILE, or --weights none to start from random weights"
+        )
+    return WeightsError(f"no weights for {arch.full_name}: searched {_listed(searched)}. {_WAYS_ON}")
+
+
+def has_source(arch: Arch) -> bool:
+    """Say whether timm's configuration names any place to download this network's weights from.
+
+    Args:
+        arch: the network.
+    """
+    return bool(_sources(arch))
+
+
+def hub_files(arch: Arch) -> tuple[str, ...]:
+    """Return the file names to ask the Hugging Face hub for, in order of preference.
+
+    Args:
+        arch: the network; a few configurations name a file of their own.
+    """
+    own = arch.config.get("hf_hub_filename")
+    if not own:
+        return HUB_FILES
+    safe = str(Path(own).with_suffix(".safetensors"))
+    return (own,) if safe == own else (safe, own)
+
+
+def hub_id(arch: Arch) -> tuple[str, str | None]:
+    """Return repository and revision on the Hugging Face hub, ("", None) when there is none.
+
+    Args:
+        arch: the network; timm writes a revision as `owner/name@revision`.
+    """
+    repo, _, revision = str(arch.config.get("hf_hub_id") or "").partition("@")
+    return repo, revision or None
+
+
+def from_url(url: str, target: Path) -> Path:
+    """Download one file with torch.hub's client and check it against the hash in its name.
+
+    Args:
+        url: an https address; plain http only on this machine.
+        target: where it goes; a name such as `resnet18-f37072fd.pth` carries the first digits of its sha256.
+
+    Raises:
+        WeightsError: when the address is not https, the server gives nothing, or the hash is wrong.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+        raise WeightsError(f"refused {url}: only https addresses are trusted")
+    expected = _HASH.search(target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(TIMEOUT):
+            torch.hub.download_url_to_file(
+                url, str(target), hash_prefix=expected and expected[1], progress=sys.stderr.isatty()
+            )
+    except OSError as error:  # urllib's errors and timeouts are OSErrors
+        raise WeightsError(f"{getattr(error, 'reason', None) or error}") from error
+    except RuntimeError as error:  # torch.hub's word for a wrong hash; its temporary file is already gone
+        raise WeightsError(f"the file that came does not match its hash and was thrown away: {error}") from error
+    return target
+
+
+def _sources(arch: Arch) -> list[tuple[str, Callable[[Arch], Path]]]:
+    found: list[tuple[str, Callable[[Arch], Path]]] = []
+    repo, url = hub_id(arch)[0], weights_url(arch.config)[0]
+    if repo:
+        found.append((f"Hugging Face hub {repo}", _from_hub))
+    if url and not url.endswith((".npz", ".npy")):  # arrays of another framework, which nothing here reads
+        found.append((url, _from_config_url))
+    if urlsplit(url).hostname == _TORCHVISION:
+        found.reverse()
+    return found
+
+
+def _from_config_url(arch: Arch) -> Path:
+    url, name = weights_url(arch.config)
+    return from_url(url, Path(torch.hub.get_dir()) / "checkpoints" / name)
+
+
+def _from_hub(arch: Arch) -> Path:
+    repo, revision = hub_id(arch)
+    reason = "it has no weight file"
+    for name in hub_files(arch):
+        try:
+            # One question without retries first: hf_hub_download retries for 25 seconds before it gives up.
+            address = huggingface_hub.hf_hub_url(repo, name, revision=revision)
+            huggingface_hub.get_hf_file_metadata(address, timeout=TIMEOUT)
+            return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, etag_timeout=TIMEOUT))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # its subclass for a network that went away
+                reason = "the connection was lost"
+                break
+        except Exception as error:  # its transport (requests, httpx) and so its errors change between versions
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            break
+    raise WeightsError(reason)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    # torch.hub's client takes no timeout and would wait for a silent server for ever
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _listed(places: Sequence[str]) -> str:
+    return ", ".join(places) if places else "no local folder"

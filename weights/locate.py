@@ -1,0 +1,236 @@
+"""Which file holds the weights: `--weights`, a local folder, the caches, or a download.
+
+`auto` looks in the local model directory (`--weights-dir`, else `$FINETUNE_WEIGHTS`), then in the torch hub cache and
+the Hugging Face cache, and downloads last. In a folder a file fits when its stem is the architecture's name, alone or
+followed by `-` or `.` and anything (`resnet18` fits resnet18-f37072fd.pth and not resnet18d.pth). A stem that begins
+with the full name (`resnet18.tv_in1k`) goes before others; a file that names another tag of the architecture is left
+alone, unless the user pointed at it and asked for no tag: then its tag decides the preprocessing.
+A folder with `config.json` beside `model.safetensors` is a Hugging Face snapshot (a run directory is one too): its own
+configuration decides the preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch.hub
+
+from weights.arch import Arch, known_tags, weights_url
+from weights.errors import WeightsError
+from weights.fetch import HUB_FILES, hub_files, hub_id, not_found
+from weights.fetch import download as fetch_weights
+from weights.load import SUFFIXES
+
+ENVIRONMENT = "FINETUNE_WEIGHTS"
+_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "label_names", "label_descriptions")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the weights of a run come from.
+
+    Attributes:
+        path: the weight file, None for random weights.
+        arch: the network, with the preprocessing that belongs to this file.
+        source: a short text for the user, without absolute paths.
+    """
+
+    path: Path | None
+    arch: Arch
+    source: str
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    path: Path
+    arch: Arch
+    exact: bool
+    label: str
+
+
+def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *, download: bool = True) -> Found:
+    """Find the weights of a network.
+
+    Args:
+        arch: the network, as `resolve_arch` gives it.
+        weights: `auto`, `none`, a file or a folder.
+        weights_dir: local model directory for `auto`; without it `$FINETUNE_WEIGHTS` is used.
+        download: whether `auto` may use the network when nothing is on this machine.
+
+    Raises:
+        WeightsError: when nothing fits, two files fit, a file belongs to another tag or network, or a download fails.
+    """
+    if weights == "none":
+        return Found(None, arch, "none")
+    if weights != "auto":
+        return _given(arch, Path(weights).expanduser())
+    searched = []
+    folder, option = _local_folder(weights_dir)
+    if folder:
+        if not folder.is_dir():
+            raise WeightsError(f"{option} names {folder}, which is not a folder")
+        best = _best_in(folder, arch)
+        if best:
+            return Found(best.path, best.arch, f"local file {best.label}")
+        passed_over = _other_tags(folder, arch)
+        searched.append(f"{option} {folder}" + (f" (it holds {passed_over})" if passed_over else ""))
+    cached = _in_caches(arch)
+    if cached:
+        return cached
+    searched += ["the torch hub cache", "the Hugging Face cache"]
+    if not download:
+        raise not_found(arch, searched)
+    return Found(fetch_weights(arch, searched), arch, "download")
+
+
+def _local_folder(weights_dir: Path | None) -> tuple[Path | None, str]:
+    if weights_dir is not None:
+        return Path(weights_dir).expanduser(), "--weights-dir"
+    value = os.environ.get(ENVIRONMENT)
+    return (Path(value).expanduser() if value else None), f"${ENVIRONMENT}"
+
+
+def _given(arch: Arch, path: Path) -> Found:
+    if path.is_dir():
+        best = _best_in(path, arch, given=True)
+        if best is None:
+            there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+            raise WeightsError(
+                f"no weights for {arch.full_name} in {path}: looked for {arch.name}.*, {arch.name}-*.* "
+                f"({', '.join(SUFFIXES)}) or config.json with model.safetensors; it holds {there}"
+            )
+        return Found(best.path, best.arch, f"local file {best.label}")
+    if not path.is_file():
+        raise WeightsError(f"--weights names {path}, which does not exist; expected auto, none, a file or a folder")
+    if path.name in HUB_FILES and (snapshot := _snapshot(path.parent, arch, given=True)):
+        return Found(path, snapshot.arch, f"local file {path.name}")
+    tag = _tag_of(_stem(path.name), arch)
+    if tag is None:
+        return Found(path, arch, f"local file {path.name}")
+    return Found(path, _with_tag(arch, tag, path.name), f"local file {path.name}")
+
+
+def _best_in(folder: Path, arch: Arch, *, given: bool = False) -> _Candidate | None:
+    """The one candidate in a folder, None without any; `given` when the user named this very folder."""
+    found = _candidates(folder, arch, given=given)
+    best = [c for c in found if c.exact] or found
+    if len(best) > 1:
+        names = " and ".join(c.label for c in best)
+        raise WeightsError(
+            f"{folder} holds {len(best)} files for {arch.full_name}: {names}; name one with --weights FILE"
+        )
+    return best[0] if best else None
+
+
+def _candidates(folder: Path, arch: Arch, *, given: bool) -> list[_Candidate]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not _stem_fits(path, arch):
+            continue
+        if path.is_dir():
+            inner = _snapshot(path, arch, given=False)
+            found += [replace(inner, label=f"{path.name}/{inner.label}")] if inner else []
+        elif _stem(path.name):
+            tag = _tag_of(_stem(path.name), arch)
+            exact = bool(re.match(rf"{re.escape(arch.full_name)}([-.]|$)", _stem(path.name)))
+            if tag in (None, arch.tag):
+                found.append(_Candidate(path, arch, exact, path.name))
+    snapshot = _snapshot(folder, arch, given=given)
+    found += [snapshot] if snapshot else []
+    if not found and given:  # the user pointed at this folder: another tag is fine unless a tag was asked for
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and _stem_fits(path, arch) and (tag := _tag_of(_stem(path.name), arch)):
+                found.append(_Candidate(path, _with_tag(arch, tag, path.name), False, path.name))
+    return found
+
+
+def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
+    """The folder as a Hugging Face snapshot of this network, None when it is not one.
+
+    With `given` another architecture or tag is an error instead, because the user named the folder.
+    """
+    weights = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
+    if weights is None or not (folder / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{folder / 'config.json'} is not readable as JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None  # a snapshot of some other library
+    name, _, tag = config["architecture"].partition(".")
+    own = config.get("pretrained_cfg", config)
+    tag = tag or own.get("tag") or ""
+    full = f"{name}.{tag}" if tag else name
+    if name != arch.name or (tag and tag != arch.tag and (arch.tag_given or not given)):
+        if given:
+            raise WeightsError(f"{folder} holds weights of {full}, not of {arch.full_name}: give --arch {full}")
+        return None
+    return _Candidate(weights, _with_config(arch, tag, own, config), bool(tag) and tag == arch.tag, weights.name)
+
+
+def _with_config(arch: Arch, tag: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Arch:
+    merged = {**arch.config, **{k: v for k, v in own.items() if k not in _SOURCE_KEYS and k != "architecture"}}
+    for key in ("input_size", "mean", "std"):
+        merged[key] = tuple(merged[key])
+    if "num_classes" in config:
+        merged["num_classes"] = config["num_classes"]
+    return replace(arch, tag=tag, config=merged)
+
+
+def _with_tag(arch: Arch, tag: str, name: str) -> Arch:
+    """The network with the preprocessing of the tag that a file's name states."""
+    if tag == arch.tag:
+        return arch
+    if arch.tag_given:
+        other = f"{arch.name}.{tag}"
+        raise WeightsError(f"{name} holds weights of {other}, not of {arch.full_name}: give --arch {other}")
+    return replace(arch, tag=tag, config=known_tags(arch.name)[tag])
+
+
+def _stem(name: str) -> str:
+    """The file name without an accepted suffix, "" when it has none."""
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def _stem_fits(path: Path, arch: Arch) -> bool:
+    stem = path.name if path.is_dir() else _stem(path.name)
+    return re.match(rf"^{re.escape(arch.name)}([-.].*)?$", stem) is not None
+
+
+def _tag_of(stem: str, arch: Arch) -> str | None:
+    """The pretrained tag that a file's stem states, by name or as the published file of that tag."""
+    rest = stem[len(arch.name) + 1 :] if stem.startswith((f"{arch.name}.", f"{arch.name}-")) else ""
+    tags = known_tags(arch.name)
+    for tag in sorted(filter(None, tags), key=len, reverse=True):
+        published = _stem(weights_url(tags[tag])[1])
+        if stem == published or re.match(rf"{re.escape(tag)}([-.]|$)", rest):
+            return tag
+    return None
+
+
+def _other_tags(folder: Path, arch: Arch) -> str:
+    fitting = [p.name for p in sorted(folder.iterdir()) if _stem_fits(p, arch)]
+    return f"{', '.join(fitting)}, of another tag than {arch.tag}" if fitting and arch.tag else ""
+
+
+def _in_caches(arch: Arch) -> Found | None:
+    name = weights_url(arch.config)[1]
+    # names such as checkpoint.pth are shared by many networks; only a hash or the network's own name tells them apart
+    if _stem(name) and (re.search(r"-[0-9a-f]{8,}\.", name) or arch.name in name):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / name
+        if path.is_file():
+            return Found(path, arch, f"torch hub cache, {name}")
+    repo, revision = hub_id(arch)
+    for file in hub_files(arch) if repo else ():
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(cached, str):
+            return Found(Path(cached), arch, f"Hugging Face cache, {repo}")
+    return None
