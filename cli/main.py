@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import cache, demo, layers, run
+from finetune.allocator import tune_allocator
 from weights.errors import FinetuneError
 
 
@@ -57,6 +58,7 @@ def version_callback(
 
 def main() -> None:
     """Run the command line."""
+    tune_allocator()
     app(prog_name="finetune")
     sys.exit(0)
 

@@ -44,7 +44,7 @@ def download_cifar(kind: Kind, searched: Sequence[str]) -> Path:
     from torchvision.datasets.utils import download_url
 
     client = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
-    target = data_cache() / client.filename
+    target: Path = data_cache() / client.filename
     timeout = socket.getdefaulttimeout()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ class Trainer:
         if recipe.epochs is None or recipe.batch_size is None:
             raise ValueError("resolve the recipe first: epochs and batch_size are None")
         self.suffix, self.recipe, self.dtype, self.device = suffix, recipe, dtype, device
-        self.forward = forward or suffix
+        self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
         self.epochs, self.images = recipe.epochs, images
         self.batches = -(-images // recipe.batch_size)
         self.optimizer = make_optimizer(suffix, fresh, recipe)

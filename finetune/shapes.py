@@ -4,6 +4,9 @@
 ways. Everything else varies from image to image: size, place, rotation, mirroring, colours (the shape may be lighter or
 darker than its surroundings), texture (in shapes10), a blotched and shaded background, stray dots, and noise.
 
+Measured on shapes10 (all 5,000 training images, 1,000 test images, CPU): logistic regression on pixels 16 % test, a
+network of four convolutions 99 % after 8 epochs.
+
 The same pixels come out on every machine. All random numbers are raw output of PCG64, which numpy promises never to
 change, and all drawing is whole-number arithmetic.
 

@@ -30,9 +30,7 @@ def load_pickle(data: bytes, path: Path) -> dict[str, Any]:
     try:
         loaded = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
     except _RefusedError as error:
-        raise DataError(
-            f"{path} asks to run {error}, which no CIFAR file needs; it was refused, not run."
-        ) from error
+        raise DataError(f"{path} asks to run {error}, which no CIFAR file needs; it was refused, not run.") from error
     except Exception as error:  # damaged bytes can make an unpickler raise nearly anything
         raise DataError(f"{path} is damaged or no pickle ({error}); fetch the data set again.") from error
     if not isinstance(loaded, dict):
