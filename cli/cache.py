@@ -13,7 +13,9 @@ from cli.console import print_lines, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Show or clear cached features.")
 
-Folder = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of cached features.", show_default="the user's")]
+Folder = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Folder of cached features.", show_default="the user's")
+]
 
 
 @app.command("list")
@@ -59,4 +61,6 @@ def clear_command(cache_dir: Folder = None) -> None:
     entries = list_entries(folder)
     freed = clear(folder, entries)
     kept = len(list_entries(folder))
-    print_lines([f"{size(freed)} freed, {len(entries) - kept} entries deleted" + (f", {kept} in use kept" if kept else "")])
+    print_lines(
+        [f"{size(freed)} freed, {len(entries) - kept} entries deleted" + (f", {kept} in use kept" if kept else "")]
+    )

@@ -10,7 +10,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -100,7 +108,7 @@ class Screen:
 
 def print_error(text: str) -> None:
     """Print an error's one text to standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] ", end="")
+    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]Error:[/] ", end="")
     print(text, file=sys.stderr, flush=True)
 
 

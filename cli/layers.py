@@ -32,8 +32,8 @@ def layers_command(
     print_lines(
         [
             "",
-            f"parameters      {table.parameters:,}, of which {table.trained:,} train with --train-layers {train_layers}",
-            f"multiply-adds   {table.multiply_adds / 1e9:.2f} billion per image, {100 * table.frozen_share:.1f} % of them "
+            f"parameters      {table.parameters:,}, {table.trained:,} of them train with --train-layers {train_layers}",
+            f"multiply-adds   {table.multiply_adds / 1e9:.2f} billion per image, {100 * table.frozen_share:.1f} % "
             "in the frozen part, computed once",
             f"cut             {table.cut}",
         ]

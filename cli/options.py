@@ -49,7 +49,9 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _parameter(item: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
     """Return one setting as a Typer parameter; None means "not given"."""
     kind = str(item.type)
-    python = next((known for name, known in (("int", int), ("float", float), ("Path", Path)) if kind.startswith(name)), str)
+    python = next(
+        (known for name, known in (("int", int), ("float", float), ("Path", Path)) if kind.startswith(name)), str
+    )
     shown = to_table(Recipe())[item.name]
     shown = ",".join(shown) if isinstance(shown, list) else str(shown)
     choices = item.metadata["choices"]

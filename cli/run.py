@@ -20,10 +20,10 @@ from weights.errors import UsageError
 @recipe_options
 def run_command(
     settings: dict[str, Any],
-    output: Annotated[
-        Path | None, typer.Option(help="Run directory.", show_default="runs/<arch>-<data>-NNNN")
+    output: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/<arch>-<data>-NNNN")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)] = None,
     config: Annotated[
         Path | None, typer.Option(help="Read settings from a recipe.toml; flags win over it.", show_default=False)
     ] = None,
@@ -100,7 +100,7 @@ def result_lines(summary: dict[str, Any]) -> list[str]:
     """Return a summary in a few lines for people."""
     seconds = summary["seconds"]
     test = summary["test_accuracy"]
-    lines = [
+    return [
         f"test accuracy   {test:.2f} %  ({summary['data']['test']:,} images, read once)"
         if test is not None
         else "test accuracy   not known: the data bring no test split",
@@ -113,4 +113,3 @@ def result_lines(summary: dict[str, Any]) -> list[str]:
         f"evaluation {seconds['eval']:.0f}",
         f"kept in         {summary['output']}",
     ]
-    return lines

@@ -144,12 +144,30 @@ class Entry:
         sums = self._sums.get(number)
         if sums is None:
             return None
-        values = [tensor[self._slice(number)] for tensor in self.mapped()]
-        if [zlib.crc32(as_bytes(value)) for value in values] == sums:
+        values = self._read_rows(self._slice(number))
+        if values is not None and [zlib.crc32(as_bytes(value)) for value in values] == sums:
             return values
         self.damaged.append(number)
         del self._sums[number]
         return None
+
+    def _read_rows(self, rows: slice) -> list[torch.Tensor] | None:
+        """Read rows of each tensor; None when a file is gone or too short.
+
+        Plain reads, not the mapping: mapped pages would count as this process's memory beside the copy in RAM.
+        """
+        values = []
+        for index, (shape, dtype, size) in enumerate(zip(self.shapes, self.dtypes, self.row_bytes, strict=True)):
+            value = torch.empty((rows.stop - rows.start, *shape), dtype=dtype)
+            try:
+                with self._tensor(index).open("rb") as file:
+                    file.seek(rows.start * size)
+                    if file.readinto(as_bytes(value)) != value.nbytes:
+                        return None
+            except OSError:
+                return None
+            values.append(value)
+        return values
 
     def write_chunk(self, number: int, values: Sequence[torch.Tensor]) -> None:
         """Write a chunk's rows, bytes first and journal line after.
@@ -190,7 +208,7 @@ class Entry:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a contiguous tensor's bytes without a copy."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def cannot_write(folder: Path, error: OSError) -> RunError:

@@ -47,6 +47,6 @@ def require_same(path: Path, state: dict[str, Any], data: DataSplits, prepared: 
         )
     if state["weights"] != prepared.sha256:
         raise RunError(
-            f"{path} began with other weights (sha256 {str(state['weights'])[:12]}…, now {str(prepared.sha256)[:12]}…); "
-            "bring the original weights back, or start a new run."
+            f"{path} began with other weights (sha256 {str(state['weights'])[:12]}…, now "
+            f"{str(prepared.sha256)[:12]}…); bring the original weights back, or start a new run."
         )

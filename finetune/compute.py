@@ -20,7 +20,7 @@ from finetune.fit import Trainer
 from finetune.images import DataSplits, ImageSet
 from finetune.models import Prepared
 from finetune.plan import MEMORY_SHARE, Placement, Plan, place
-from finetune.precision import Choice, choose, remembered
+from finetune.precision import Choice, choose, compile_module, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
 from finetune.sources import FeatureBuilder
@@ -163,7 +163,7 @@ def _choose_training(
             values = prefix.prefix(few) if prefix else (prepared.preprocessing(few),)
             inputs.append(tuple(value[rows.to(device)] for value in values))
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        forward = torch.compile(suffix, dynamic=False) if compiled else None
+        forward = compile_module(suffix) if compiled else None
         plain = replace(recipe, ema=0.0, lr=1e-6)
         trainer = Trainer(suffix, prepared.fresh, plain, 10**9, dtype, device, forward)
         labels = train.labels[rows].to(device)
@@ -183,9 +183,7 @@ def _choose_training(
     return choice
 
 
-def _place(
-    recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None
-) -> tuple[Placement, int]:
+def _place(recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None) -> tuple[Placement, int]:
     """Return where features go, and how many feature rows are still to be computed."""
     plain = Views("none", 1)
     splits = [(data.train, views), *((split, plain) for split in (data.val, data.test) if split is not None)]

@@ -32,8 +32,8 @@ def pick_device(wanted: str) -> torch.device:
         here = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= here:
             raise UsageError(
-                f"--device {wanted} asks for a GPU, and PyTorch sees {here or 'none'} here; use --device auto or cpu, or "
-                "install a driver and a build of PyTorch with CUDA."
+                f"--device {wanted} asks for a GPU, and PyTorch sees {here or 'none'} here; use --device auto or cpu, "
+                "or install a driver and a build of PyTorch with CUDA."
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps asks for an Apple GPU, and PyTorch sees none here; use --device auto or cpu.")

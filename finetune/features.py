@@ -168,9 +168,7 @@ def compute_view(
     return in_ram or entry.mapped() if entry else in_ram
 
 
-def _compute_rows(
-    prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int
-) -> list[torch.Tensor]:
+def _compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
     rows = torch.arange(start, stop)
     images = views.apply(data.images[start:stop], rows, torch.full_like(rows, view))
     return [to_stored(value).cpu() for value in prefix(images)]

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -197,8 +198,8 @@ def epoch_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield one epoch's batches as (rows, views), int64 (B,) each.
 
-    The epoch visits every image once, in an order drawn from the epoch's seed. Batches differ in size by at most one, so
-    none is so small that its batch-norm statistics mean nothing. With one view per epoch each epoch has its own;
+    The epoch visits every image once, in an order drawn from the epoch's seed. Batches differ in size by at most one,
+    so none is so small that its batch-norm statistics mean nothing. With one view per epoch each epoch has its own;
     otherwise each image's view is drawn.
 
     Args:
@@ -305,7 +306,7 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
             break
         epoch = progress.epoch
         start = time.perf_counter()
-        metrics = trainer.train_epoch(train, epoch, lambda done, of, e=epoch: listener.batch(e + 1, done, of), listener.stop)
+        metrics = trainer.train_epoch(train, epoch, partial(listener.batch, epoch + 1), listener.stop)
         if metrics is None:
             return False
         seconds = time.perf_counter() - start

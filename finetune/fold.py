@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 
-from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -54,7 +54,8 @@ def _fold_pair(module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if norm.running_mean is None or norm.running_var is None:
         return False  # this one normalises by the batch even in eval mode
-    module.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+    fused: nn.Module = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var]
+    module.set_submodule(str(before.target), fused)
     # timm's BatchNormAct2d is a batch norm with dropout and activation of its own: these stay behind.
     rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
     module.set_submodule(str(node.target), nn.Sequential(*rest).eval())

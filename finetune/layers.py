@@ -89,7 +89,7 @@ def select_layers(model: nn.Module, wanted: Sequence[str], head: Sequence[str]) 
     return Selection(selection.names, trained, moving, still)
 
 
-def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
+def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:
     """Stand in for `Module.train` on a frozen module: switch it and all below it to eval, whatever was asked."""
     return nn.Module.train(self, False)
 
@@ -108,7 +108,7 @@ def freeze(model: nn.Module, selection: Selection) -> None:
             continue
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             # A bound method of a module-level function survives copy.deepcopy, bound to the copy.
-            module.train = types.MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
+            module.train = types.MethodType(_stay_in_eval, module)
             module.eval()
 
 
@@ -127,7 +127,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the sha256 of a tensor's dtype, shape and elements in row-major order."""
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}".encode())
-    digest.update(flat.reshape(-1).view(torch.uint8).numpy())
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -124,7 +124,9 @@ def head_names(arch: Arch) -> tuple[str, ...]:
     """
     named = arch.config.get("classifier")
     if not named:
-        raise UsageError(f"timm names no classifier for {arch.name}, so its head cannot be replaced; choose another --arch.")
+        raise UsageError(
+            f"timm names no classifier for {arch.name}, so its head cannot be replaced; choose another --arch."
+        )
     return (named,) if isinstance(named, str) else tuple(named)
 
 

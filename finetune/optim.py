@@ -14,9 +14,9 @@ from finetune.recipe import Recipe
 def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> list[dict[str, object]]:
     """Return the trained parameters in groups with their peak learning rates.
 
-    Parameters that start fresh (the head, layers that the weights lacked) learn `head_lr_scale` times faster than those
-    that start from pretrained values. Biases and norm scales, one-dimensional, get no weight decay (He et al. 2019, "Bag
-    of Tricks for Image Classification", section 3.1).
+    Parameters that start fresh (the head, layers that the weights lacked) learn `head_lr_scale` times faster than
+    those that start from pretrained values. Biases and norm scales, one-dimensional, get no weight decay (He et al.
+    2019, "Bag of Tricks for Image Classification", section 3.1).
 
     Args:
         suffix: what trains; only parameters with requires_grad count.

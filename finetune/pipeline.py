@@ -27,6 +27,7 @@ from finetune.images import DataSplits, ImageSet
 from finetune.layers import fingerprint, require_unchanged
 from finetune.models import Prepared, prepare_model
 from finetune.plan import Plan
+from finetune.precision import compile_module
 from finetune.recipe import Recipe, check, resolve_auto
 from finetune.rundir import RunDirectory, create_run_directory, open_run_directory
 from finetune.sources import FeatureBuilder, Live
@@ -188,7 +189,7 @@ def _carry_out(
         len(data.train),
         job.computing.training.dtype,
         job.device,
-        forward=torch.compile(suffix, dynamic=False) if job.computing.training.compiled else None,
+        forward=compile_module(suffix) if job.computing.training.compiled else None,
     )
     best: dict[str, torch.Tensor] | None = None
     if state:
@@ -273,7 +274,9 @@ def _source(job: Job, builder: FeatureBuilder | None, data: ImageSet, views: Vie
 
 
 def _stopped(directory: RunDirectory, progress: Progress, recipe: Recipe) -> StoppedError:
-    done = f"after epoch {progress.epoch} of {recipe.epochs}" if progress.epoch else "before the first epoch was finished"
+    done = (
+        f"after epoch {progress.epoch} of {recipe.epochs}" if progress.epoch else "before the first epoch was finished"
+    )
     return StoppedError(
         f"Stopped {done}; what was finished is kept. Go on with: finetune run --resume {directory.path}"
     )

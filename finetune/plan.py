@@ -82,12 +82,13 @@ class Plan:
         train, val, test = self.counts
         lines = [
             f"{self.arch} on {self.data}: {train:,} train, {val:,} validation, {test:,} test images",
-            f"trains {', '.join(name or 'everything' for name in self.trained_layers)}: {trained:,} of {total:,} parameters",
+            f"trains {', '.join(name or 'all' for name in self.trained_layers)}: {trained:,} of {total:,} parameters",
             f"device {self.device}; training in {self.training} ({self.training.reason})",
         ]
         if self.prefix:
             lines.append(
-                f"frozen part, {100 * self.frozen_share:.0f} % of a forward pass, in {self.prefix} ({self.prefix.reason})"
+                f"frozen part, {100 * self.frozen_share:.0f} % of a forward pass, in {self.prefix} "
+                f"({self.prefix.reason})"
             )
         lines.append(f"features: {self.placement.reason}")
         lines.append(
@@ -152,12 +153,15 @@ def place(
         return Placement("disk", True, needed, f"{size(needed)} on disk, read as needed (memory budget {size(memory)})")
     if mode == "disk":
         raise UsageError(
-            f"--cache disk needs {size(needed)} for features; --cache-limit is {size(limit)} and {size(max(free, 0))} can be "
-            "used on that disk: raise the limit, point --cache-dir elsewhere, or use --cache off."
+            f"--cache disk needs {size(needed)} for features; --cache-limit is {size(limit)} and "
+            f"{size(max(free, 0))} can be used on that disk: raise the limit, point --cache-dir elsewhere, or use "
+            "--cache off."
         )
     if fits_memory:
         return Placement("ram", False, needed, f"{size(needed)} in memory; the disk budget is too small to keep them")
-    return Placement("off", False, 0, f"{size(needed)} fit neither disk nor memory, so they are computed in every epoch")
+    return Placement(
+        "off", False, 0, f"{size(needed)} fit neither disk nor memory, so they are computed in every epoch"
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -1,14 +1,15 @@
 """Number format and compilation, chosen by timing a few real steps.
 
-What a CPU's flags promise and what it does differ: bf16 without AMX or AVX512-BF16 is slower than fp32. So each candidate
-runs on real batches, and the fastest wins. Compiling is tried only when it would save more than it costs. The outcome is
-remembered per machine, architecture, cut and torch version, so the next run asks the file and not the clock.
+What a CPU's flags promise and what it does differ: bf16 without AMX or AVX512-BF16 is slower than fp32. So each
+candidate runs on real batches, and the fastest wins. Compiling is tried only when it would save more than it costs. The
+outcome is remembered per machine, architecture, cut and torch version, so the next run asks the file and not the clock.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import nn
 
 from weights.save import write_atomically
 
@@ -98,7 +100,9 @@ def choose(
     if compile_mode == "off":
         return Choice(best, False, rates[best], 0.0, told)
     if device.type == "cpu" and compiler is None:
-        return Choice(best, False, rates[best], 0.0, f"{told}; not compiled: no C++ compiler found (install g++ or clang++)")
+        return Choice(
+            best, False, rates[best], 0.0, f"{told}; not compiled: no C++ compiler found (install g++ or clang++)"
+        )
     seconds = work / rates[best]
     if compile_mode == "auto" and seconds * COMPILE_GAIN < COMPILE_SECONDS:
         return Choice(best, False, rates[best], 0.0, f"{told}; {seconds:.0f} s of work would not repay compiling")
@@ -121,6 +125,17 @@ def _try_compiled(
     told = f"{told}, compiled {rate:.0f} img/s after {seconds:.0f} s"
     # The time of compiling is spent by now; later runs find most of it in the compiler's own cache.
     return Choice(best, forced or rate > eager, max(rate, eager) if not forced else rate, seconds, told)
+
+
+def compile_module(module: nn.Module) -> Callable[..., Any]:
+    """Return a compiled twin of a module that shares its weights; compiling happens at the first call.
+
+    Batches come in at most two sizes, so shapes are compiled as constants.
+    """
+    # Without a GPU the compiler warns that it found none, which is no news to anybody.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    compiled: Callable[..., Any] = torch.compile(module, dynamic=False)
+    return compiled
 
 
 def step_seconds(step: Callable[[], None], device: torch.device, *, repeats: int = 2) -> float:

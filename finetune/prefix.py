@@ -18,7 +18,7 @@ from finetune.cut import Cut
 from finetune.features import Prefix, RowShape
 from finetune.fold import fold_batch_norms
 from finetune.layers import tensor_sha256
-from finetune.precision import DTYPES, Choice, choose
+from finetune.precision import DTYPES, Choice, compile_module
 
 PREFIX_BATCH = 64  # images per call: larger batches were no faster on a CPU and cost memory (docs/log.md)
 FP32_ERROR = 1e-3  # relative; folding rounds once per layer, 1e-6 is usual
@@ -71,7 +71,7 @@ def prepare_prefix(
 
     def module(precision: str) -> nn.Module:
         if precision not in modules:
-            twin = copy.deepcopy(folded).to(device=device, dtype=DTYPES[precision], memory_format=torch.channels_last)
+            twin = copy.deepcopy(folded).to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
             modules[precision] = twin.eval()
         return modules[precision]
 
@@ -81,7 +81,7 @@ def prepare_prefix(
         if not compiled:
             return module(precision)
         if precision not in compiled_modules:
-            compiled_modules[precision] = torch.compile(module(precision), dynamic=False)
+            compiled_modules[precision] = compile_module(module(precision))
         return compiled_modules[precision]
 
     full = sample[torch.arange(batch) % len(sample)]
@@ -128,7 +128,7 @@ def prepare_prefix(
 def prefix_sha256(prefix: fx.GraphModule) -> str:
     """Return an identity of a prefix: its graph's code and every tensor in it."""
     lines = [prefix.code] + [f"{name} {tensor_sha256(tensor)}" for name, tensor in sorted(prefix.state_dict().items())]
-    # Modules that stay whole in the graph hide their own code: their printed form names kernel sizes, strides and the like.
+    # Modules that stay whole in the graph hide their own code: their printed form names kernel sizes and strides.
     lines += [f"{name} {module}" for name, module in sorted(prefix.named_modules()) if name]
     return tensor_sha256(torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8))
 

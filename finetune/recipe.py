@@ -31,7 +31,9 @@ class Recipe:
     train_layers: tuple[str, ...] = _setting(
         ("head",), "Layers that train, by name: layer4,fc; `head` is the new classifier, `all` is everything."
     )
-    data: str = _setting("cifar100", "cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files or image folders.")
+    data: str = _setting(
+        "cifar100", "cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files or image folders."
+    )
     data_dir: Path | None = _setting(None, "Where named data sets are looked up first (else $FINETUNE_DATA, ./data).")
     labels: str = _setting("fine", "CIFAR-100's 100 fine or 20 coarse classes.", choices=("fine", "coarse"))
     weights: str = _setting("auto", "auto, none, a file, or a folder of pretrained weights.")
@@ -52,19 +54,32 @@ class Recipe:
     label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
     ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
     patience: int = _setting(0, "Stop after this many epochs without a lower validation loss, keep the best; 0 is off.")
-    augment: str = _setting("flip", "flip mirrors half of the images; crop also shifts them.", choices=("none", "flip", "crop"))
-    views: int | None = _setting(None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones.")
-    val_fraction: float = _setting(0.1, "Share of train held out for validation when the data bring none; 0 trains on all.")
+    augment: str = _setting(
+        "flip", "flip mirrors half of the images; crop also shifts them.", choices=("none", "flip", "crop")
+    )
+    views: int | None = _setting(
+        None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones."
+    )
+    val_fraction: float = _setting(
+        0.1, "Share of train held out for validation when the data bring none; 0 trains on all."
+    )
     limit: int | None = _setting(None, "Use only this many training images, the same share of every class.")
     seed: int = _setting(0, "Seed of everything random.")
     device: str = _setting(AUTO, "auto, cpu, cuda, cuda:N or mps.")
-    precision: str = _setting(AUTO, "auto times a few steps of each and takes the faster.", choices=(AUTO, "fp32", "bf16"))
+    precision: str = _setting(
+        AUTO, "auto times a few steps of each and takes the faster.", choices=(AUTO, "fp32", "bf16")
+    )
     compile: str = _setting(AUTO, "auto compiles when that saves more than it costs.", choices=(AUTO, "on", "off"))
-    cache: str = _setting(AUTO, "Where frozen features stay: auto keeps them on disk for the next run, ram, disk, or off.",
-                          choices=(AUTO, "ram", "disk", "off"))
+    cache: str = _setting(
+        AUTO,
+        "Where frozen features stay: auto keeps them on disk for the next run, ram, disk, or off.",
+        choices=(AUTO, "ram", "disk", "off"),
+    )
     cache_dir: Path | None = _setting(None, "Folder of cached features; auto is the user's cache folder.")
     cache_limit: str = _setting("50GB", "Most that cached features may take on disk; the oldest go first.")
-    memory_budget: str | None = _setting(None, "Most memory for features; auto is 60 % of what is free. More is read from disk.")
+    memory_budget: str | None = _setting(
+        None, "Most memory for features; auto is 60 % of what is free. More is read from disk."
+    )
 
 
 PATHS = ("data_dir", "weights_dir", "cache_dir")
@@ -214,7 +229,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"The recipe {path} cannot be read ({error.strerror}); give the path of a recipe.toml.") from None
+        raise UsageError(
+            f"The recipe {path} cannot be read ({error.strerror}); give the path of a recipe.toml."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"The recipe {path} is no valid TOML ({error}); mend that line.") from None
 

@@ -68,7 +68,9 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / SUMMARY} is damaged ({error}); delete it and resume the run again.") from error
+            raise RunError(
+                f"{self.path / SUMMARY} is damaged ({error}); delete it and resume the run again."
+            ) from error
         return summary
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
@@ -116,7 +118,8 @@ def create_run_directory(output: Path | None, name: str) -> RunDirectory:
                 finished = SUMMARY in held
                 advice = "" if finished or RECIPE not in held else f" (or go on with --resume {output})"
                 raise RunError(
-                    f"{output} already holds {'a finished run' if finished else held[0]}; give another --output{advice}."
+                    f"{output} already holds {'a finished run' if finished else held[0]}; give another "
+                    f"--output{advice}."
                 )
             return RunDirectory(output)
         for number in range(1, 10_000):

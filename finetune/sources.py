@@ -140,7 +140,8 @@ class FeatureBuilder:
             tensors = compute_view(self.prepared.prefix, data, views, view, entry=entry, keep=keep, report=progress)
         if entry.damaged:
             self.events.note(
-                f"Cached features {entry.folder.name} were damaged in {len(entry.damaged)} chunks; these were computed again."
+                f"Cached features {entry.folder.name} were damaged in {len(entry.damaged)} chunks; "
+                "these were computed again."
             )
         return tensors
 
@@ -148,5 +149,5 @@ class FeatureBuilder:
 def images_sha256(images: torch.Tensor) -> str:
     """Return the sha256 of uint8 images (N, 3, H, W) in their order, shape included."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.contiguous().reshape(-1).numpy())
+    digest.update(images.contiguous().reshape(-1).numpy().data)
     return digest.hexdigest()

@@ -113,8 +113,7 @@ def count_work(model: nn.Module, images: torch.Tensor) -> tuple[int, dict[str, i
         model: in eval mode.
         images: float32 (N, 3, S, S).
     """
-    # The counter warns about modules that it cannot hook for a backward pass, which is of no interest here.
-    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     prefix = f"{type(model).__name__}."
     by_name = {
