@@ -72,8 +72,8 @@ def select_layers(model: nn.Module, wanted: Sequence[str], head: Sequence[str]) 
         else:
             top = [child for child, _ in model.named_children()]
             raise UsageError(
-                f"'{name}' names no layer of this model{near_matches(name, [*known, 'all', 'head'])}; its top-level "
-                f"layers are {', '.join(top)}, and 'all' and 'head' work everywhere (see `finetune layers ARCH`)."
+                f"'{name}' names no layer of this model{near_matches(name, [*known, 'all', 'head']) or '.'} Its top-level "
+                f"layers are {', '.join(top)}; 'all' and 'head' work everywhere (see `finetune layers ARCH`)."
             )
     selection = Selection(tuple(dict.fromkeys(names)), (), (), ())
     parameters = [name for name, _ in model.named_parameters()]

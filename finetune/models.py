@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,7 +15,7 @@ from finetune.recipe import Recipe
 from weights.arch import Arch, resolve_arch
 from weights.errors import UsageError
 from weights.load import Account, load_into, read_tensors
-from weights.locate import locate
+from weights.locate import Found, locate
 
 INTERPOLATIONS = ("bilinear", "bicubic")  # what torch can do on whole batches with antialiasing
 
@@ -48,7 +47,25 @@ class Prepared:
     account: Account | None
 
 
-def prepare_model(recipe: Recipe, classes: int) -> Prepared:
+def find_weights(recipe: Recipe) -> Found:
+    """Find the recipe's weights and check its layer names, before any image is read.
+
+    Args:
+        recipe: arch, weights, weights_dir, image_size and train_layers are read.
+
+    Raises:
+        UsageError: unknown arch or layer.
+        WeightsError: no weights, or several that could be meant.
+    """
+    arch = resolve_arch(recipe.arch)
+    head = head_names(arch)
+    with torch.device("meta"):  # the shape of the model without its values
+        model, _ = build(arch, 2, recipe.image_size or int(arch.config["input_size"][-1]))
+    select_layers(model, recipe.train_layers, head)
+    return locate(arch, recipe.weights, recipe.weights_dir)
+
+
+def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> Prepared:
     """Build the recipe's model, load its weights and freeze what does not train.
 
     The new layers' random values depend on the seed alone.
@@ -56,14 +73,13 @@ def prepare_model(recipe: Recipe, classes: int) -> Prepared:
     Args:
         recipe: arch, weights, weights_dir, allow_missing, train_layers, image_size and seed are read.
         classes: outputs of the new head.
+        found: what `find_weights` returned; None finds them now.
 
     Raises:
         UsageError: unknown arch or layer, or an image size that the network cannot take.
         WeightsError: weights that are missing, damaged, unsafe or of another network.
     """
-    arch = resolve_arch(recipe.arch)
-    where = recipe.weights_dir
-    found = locate(arch, recipe.weights, None if where is None else Path(where))
+    found = found or find_weights(recipe)
     arch = found.arch
     size = recipe.image_size or int(arch.config["input_size"][-1])
     torch.manual_seed(recipe.seed)

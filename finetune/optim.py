@@ -59,7 +59,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
     """
     if recipe.schedule == "onecycle":
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        share = min(max(recipe.warmup, 1 / max(steps, 2)), 0.95)
+        share = min(max(recipe.warmup, 1 / steps), 0.95)  # one step of rising at least
         return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=share, cycle_momentum=False)
     if recipe.schedule == "cosine":
         rise = min(round(recipe.warmup * steps), steps - 1)

@@ -25,7 +25,7 @@ from finetune.events import Events
 from finetune.fit import Listener, Progress, Source, Split, Trainer, fit
 from finetune.images import DataSplits, ImageSet
 from finetune.layers import fingerprint, require_unchanged
-from finetune.models import Prepared, prepare_model
+from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.precision import compile_module
 from finetune.recipe import Recipe, check, resolve_auto
@@ -134,11 +134,12 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
         choices: a resumed run's choices of number format and compilation, kept instead of measured.
     """
     device = pick_device(recipe.device)
+    found = find_weights(recipe)
     data = load_data(
         recipe.data,
         data_dir=recipe.data_dir,
         labels=recipe.labels,
-        image_size=recipe.image_size or 224,
+        image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
         val_fraction=recipe.val_fraction,
         limit=recipe.limit,
         seed=recipe.seed,
@@ -147,9 +148,11 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     for note in data.notes:
         events.note(note)
     recipe = resolve_auto(recipe, len(data.train))
-    prepared = prepare_model(recipe, len(data.classes))
+    prepared = prepare_model(recipe, len(data.classes), found)
     if prepared.account is not None:
         events.note(prepared.account.sentence())
+    elif prepared.selection.frozen:
+        events.note("No weights were loaded (--weights none), so the layers that do not train keep random values.")
     frozen = fingerprint(prepared.model, prepared.selection.frozen)
     cut = cut_model(prepared.model, prepared.selection, _sample(data.train, prepared, 2))
     side = min(data.train.images.shape[-2:])

@@ -97,7 +97,7 @@ def check(recipe: Recipe) -> None:
         value, choices = getattr(recipe, item.name), item.metadata["choices"]
         if choices and value not in choices:
             raise UsageError(
-                f"{flag(item.name)} is '{value}'{near_matches(str(value), choices)}; it can be {', '.join(choices)}."
+                f"{flag(item.name)} is '{value}'{near_matches(str(value), choices) or '.'} It can be {', '.join(choices)}."
             )
     for name in ("image_size", "epochs", "batch_size", "views", "limit"):
         value = getattr(recipe, name)
@@ -192,7 +192,7 @@ def from_table(table: dict[str, Any], where: str) -> Recipe:
     values: dict[str, Any] = {}
     for name, value in table.items():
         if name not in known:
-            raise UsageError(f"{where} has an unknown setting '{name}'{near_matches(name, known)}.")
+            raise UsageError(f"{where} has an unknown setting '{name}'{near_matches(name, known) or '; delete that line.'}")
         values[name] = _typed(known[name], value, where)
     return Recipe(**values)
 
