@@ -53,14 +53,19 @@ def list_command(
 
 @app.command("clear")
 def clear_command(cache_dir: Folder = None) -> None:
-    """Delete all cached features, except those that a run is writing now."""
+    """Delete all cached features, except those that a run is writing now, and remembered timings."""
     from finetune.cache import clear, default_cache_dir, list_entries
     from finetune.plan import size
+    from finetune.precision import forget
 
     folder = cache_dir or default_cache_dir()
     entries = list_entries(folder)
     freed = clear(folder, entries)
     kept = len(list_entries(folder))
+    in_use = f", {kept} in use kept" if kept else ""
     print_lines(
-        [f"{size(freed)} freed, {len(entries) - kept} entries deleted" + (f", {kept} in use kept" if kept else "")]
+        [
+            f"{size(freed)} freed, {len(entries) - kept} entries deleted{in_use}",
+            f"{forget(folder)} remembered timings forgotten; the next run measures anew",
+        ]
     )

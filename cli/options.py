@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.recipe import Recipe, flag, from_table, read_toml, to_table
+from finetune.recipe import AUTO, Recipe, flag, from_table, read_toml, to_table
+from weights.errors import UsageError
 
 PANELS = {
     "What to train": ("arch", "train_layers", "weights", "weights_dir", "allow_missing", "image_size"),
@@ -60,11 +61,24 @@ def _parameter(item: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
         help=item.metadata["help"],
         show_default=shown or "none",
         rich_help_panel=panel,
-        metavar="|".join(choices) if choices else None,
+        metavar="|".join(choices) if choices else "INTEGER" if python is int else None,
+        parser=_whole_number_or_auto(item.name) if kind == "int | None" else None,
     )
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[python | None, option]
     )
+
+
+def _whole_number_or_auto(name: str) -> Callable[[str], int | str]:
+    """Return what reads a setting that help shows as `auto`, so that `auto` may be given too."""
+
+    def read(text: str) -> int | str:
+        try:
+            return text if text == AUTO else int(text)
+        except ValueError:
+            raise UsageError(f"{flag(name)} is '{text}'; give a whole number, or auto.") from None
+
+    return read
 
 
 def _lists(settings: dict[str, Any]) -> dict[str, Any]:
@@ -83,4 +97,8 @@ def make_recipe(settings: dict[str, Any], config: Path | None) -> Recipe:
         UsageError: the file cannot be read, or holds an unknown setting or a wrong type.
     """
     base = from_table(read_toml(config), str(config)) if config else Recipe()
-    return dataclasses.replace(base, **settings)
+    auto = {item.name for item in dataclasses.fields(Recipe) if "None" in str(item.type)}
+    given: dict[str, Any] = {
+        name: None if name in auto and str(value) == AUTO else value for name, value in settings.items()
+    }
+    return dataclasses.replace(base, **given)

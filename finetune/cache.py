@@ -93,9 +93,8 @@ class Entry:
             for number, size in enumerate(self.row_bytes):
                 path = self._tensor(number)
                 if not path.exists() or path.stat().st_size != size * self.rows:
-                    # Without its full length nothing in the file can be trusted: start over.
-                    self._journal.unlink(missing_ok=True)
-                    with path.open("wb") as file:
+                    # Absent or cut short: what is filled in here does not match the journal's sums, so it is noticed.
+                    with path.open("ab") as file:
                         file.truncate(size * self.rows)
             about_path = self.folder / "about.json"
             if not about_path.exists():
@@ -118,15 +117,15 @@ class Entry:
     def _read_journal(self) -> dict[int, list[int]]:
         sums: dict[int, list[int]] = {}
         try:
-            lines = self._journal.read_text().splitlines()
-        except (OSError, UnicodeDecodeError):
+            lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
             return sums
         for line in lines:
             try:
                 row = json.loads(line)
                 sums[int(row["chunk"])] = [int(value) for value in row["crc32"]]
             except (ValueError, KeyError, TypeError):
-                break  # the line that a kill cut short; whatever follows was never written
+                continue  # a line that a kill cut short: its chunk does not count as written
         return sums
 
     def missing_rows(self) -> int:
@@ -185,7 +184,8 @@ class Entry:
                     os.fsync(file.fileno())
             sums = [zlib.crc32(as_bytes(value)) for value in values]
             with self._journal.open("a") as journal:
-                journal.write(json.dumps({"chunk": number, "crc32": sums}) + "\n")
+                # Begins a line of its own, also after one that a kill cut short.
+                journal.write("\n" + json.dumps({"chunk": number, "crc32": sums}))
                 journal.flush()
                 os.fsync(journal.fileno())
         except OSError as error:

@@ -1,6 +1,6 @@
 """Charts of a run's epochs as inline SVG, in colours that the page's style sheet gives.
 
-Classes: `grid` for grid lines, `a` for training, `b` for validation (dashed, so that the two differ without colour too).
+Style classes: `grid` for grid lines, `a` for training, `b` for validation; dashes tell the two apart without colour.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 420, 250, 46, 34, 42, 10  # of a chart
 
 
 def line_chart(key: str, name: str, unit: str, rows: Sequence[dict[str, Any]]) -> str:
-    """One chart as a figure: training and, where there is one, validation."""
+    """Return a chart of one measure as an HTML figure: training and, where there is one, validation.
+
+    Args:
+        key: `loss` or `accuracy`, the end of the rows' keys.
+        name: what the chart is called.
+        unit: follows every value that is read out, such as " %".
+        rows: metrics.jsonl's rows, at least one.
+    """
     series = [
         (mark, label, [float(row[f"{split}_{key}"]) for row in rows])
         for mark, split, label in (("a", "train", "training"), ("b", "val", "validation"))
         if all(row[f"{split}_{key}"] is not None for row in rows)
     ]
     values = [value for _, _, line in series for value in line]
-    marks = ticks(min(values), max(values))
-    low, high = marks[0], marks[-1]
+    levels = ticks(min(values), max(values))
+    low, high = levels[0], levels[-1]
     epochs = [int(row["epoch"]) for row in rows]
 
     def x(epoch: float) -> float:
@@ -31,11 +38,11 @@ def line_chart(key: str, name: str, unit: str, rows: Sequence[dict[str, Any]]) -
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
+    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
     parts = []
-    for mark in marks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{mark:.{digits}f}</text>')
+    for level in levels:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
     for epoch in whole_ticks(epochs[0], epochs[-1]):
         parts.append(f'<text x="{x(epoch):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{epoch}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">epoch</text>')
@@ -62,9 +69,9 @@ def line_chart(key: str, name: str, unit: str, rows: Sequence[dict[str, Any]]) -
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return three to seven round numbers whose first and last enclose low and high."""
+    """Return two to seven round numbers whose first and last enclose low and high (0 to 100 stays within)."""
     if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+        low, high = (low - 1, high) if low >= 1 else (low, low + 1)
     power = 10 ** math.floor(math.log10((high - low) / 5))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 5 >= high - low)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -72,6 +79,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def whole_ticks(first: int, last: int) -> list[int]:
-    """Return at most nine whole numbers from first to last, evenly spaced from first on."""
-    step = next(s for power in range(10) for s in (10**power, 2 * 10**power, 5 * 10**power) if (last - first) / s <= 8)
-    return list(range(first, last + 1, step))
+    """Return at most nine whole numbers from first to last, multiples of 1, 2 or 5 times a power of ten."""
+    steps = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
+    step = next(step for step in steps if (last - first) / step <= 8)
+    return [number for number in range(first, last + 1) if number % step == 0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.augment import Views
@@ -24,6 +25,7 @@ from finetune.precision import Choice, choose, compile_module, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
 from finetune.sources import FeatureBuilder
+from weights.errors import UsageError
 
 EVALUATION_SPEEDUP = 3.0  # a forward pass against forward and backward: one of three passes of equal size
 
@@ -64,7 +66,7 @@ class Computing:
 
 def cache_folder(recipe: Recipe) -> Path:
     """Return the folder of cached features and remembered measurements."""
-    return recipe.cache_dir or default_cache_dir()
+    return (recipe.cache_dir or default_cache_dir()).expanduser()
 
 
 def decide(
@@ -92,6 +94,28 @@ def decide(
     Raises:
         UsageError: features do not fit where they were asked to be.
     """
+    pick = _picker(recipe, prepared, device, events, choices)
+    _require_batches(recipe, len(data.train), prepared)
+    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
+    rows = counts[0] * views.count + counts[1] + counts[2]
+    sample = data.train.images[:PREFIX_BATCH]
+    prefix = None
+    if cut.prefix is not None:
+        prefix = prepare_prefix(
+            cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
+        )
+    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, pick)
+    placement, missing = _place(recipe, data, views, prefix)
+    if prefix is None:
+        placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
+    computing = Computing(prefix, training, placement)
+    return computing, _plan(recipe, data, prepared, cut, computing, views, device, missing)
+
+
+def _picker(
+    recipe: Recipe, prepared: Prepared, device: torch.device, events: Events, choices: dict[str, Any] | None
+) -> Callable[[str, Any, int, int], Choice]:
+    """Return pick(part, build, images per step, images of work): the choice resumed, remembered or measured now."""
     about = {
         "device": device_name(device),
         "arch": prepared.arch.full_name,
@@ -108,6 +132,7 @@ def decide(
             return replace(Choice(**choices[part]), compile_seconds=0.0)
 
         def measure() -> Choice:
+            events.progress(f"timing steps of {part}", 0, 0)
             return choose(
                 build,
                 images_per_step=step_images,
@@ -122,23 +147,28 @@ def decide(
         situation = {**about, "part": part, "step": step_images, "work": work.bit_length()}
         return remembered(cache_folder(recipe), situation, measure)
 
-    events.progress("measuring", 0, 2)
-    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
-    rows = counts[0] * views.count + counts[1] + counts[2]
-    sample = data.train.images[:PREFIX_BATCH]
-    prefix = None
-    if cut.prefix is not None:
-        prefix = prepare_prefix(
-            cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
+    return pick
+
+
+def _require_batches(recipe: Recipe, images: int, prepared: Prepared) -> None:
+    """Refuse batches of one image where a batch norm trains: it would normalise each image by itself.
+
+    Raises:
+        UsageError: with the batch size to take.
+    """
+    size = recipe.batch_size or 1
+    smallest = images // -(-images // size)
+    trained = [
+        module
+        for name, module in prepared.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and prepared.selection.covers(name)
+    ]
+    if smallest < 2 and trained:
+        raise UsageError(
+            f"{images} training images in batches of {size} leave batches of one image, and the trained layers hold "
+            "batch norms, which need at least 2; give a larger --batch-size, or train layers without batch norm, such "
+            "as head."
         )
-    events.progress("measuring", 1, 2)
-    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, pick)
-    events.progress("measuring", 2, 2)
-    placement, missing = _place(recipe, data, views, prefix)
-    if prefix is None:
-        placement = Placement("uncut", False, 0, f"none: {cut.reason}")
-    computing = Computing(prefix, training, placement)
-    return computing, _plan(recipe, data, prepared, cut, computing, views, device, missing)
 
 
 def _choose_training(

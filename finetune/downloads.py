@@ -24,7 +24,7 @@ TITLES: dict[Kind, str] = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 def data_cache() -> Path:
     """Return the folder that downloaded data sets are kept in (it need not be there yet)."""
-    return platformdirs.user_cache_path("finetune") / "data"
+    return platformdirs.user_cache_path("finetune-timm") / "data"
 
 
 def download_cifar(kind: Kind, searched: Sequence[str]) -> Path:

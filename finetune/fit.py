@@ -242,13 +242,22 @@ def predict(
         device: where the module is.
         dtype: torch.bfloat16 runs under autocast; torch.float32 does not.
         batch: images at a time.
+
+    Raises:
+        TrainingError: a logit is not finite, which the training loss does not show when the last step did it.
     """
     module.eval()
     parts = []
     with torch.no_grad(), autocast(device, dtype):
         for part in rows.split(batch):
             parts.append(module(*cast(source.take(part, torch.zeros_like(part)), dtype)).float().cpu())
-    return torch.cat(parts)
+    logits = torch.cat(parts)
+    if not bool(torch.isfinite(logits).all()):
+        raise TrainingError(
+            "The model's predictions are not finite numbers after its last training step. Lower --lr or "
+            "--head-lr-scale, or use --precision fp32, and run again."
+        )
+    return logits
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -71,8 +71,9 @@ def select_layers(model: nn.Module, wanted: Sequence[str], head: Sequence[str]) 
             names.append(name)
         else:
             top = [child for child, _ in model.named_children()]
+            near = near_matches(name, [*known, "all", "head"]) or "."
             raise UsageError(
-                f"'{name}' names no layer of this model{near_matches(name, [*known, 'all', 'head']) or '.'} Its top-level "
+                f"'{name}' names no layer of this model{near} Its top-level "
                 f"layers are {', '.join(top)}; 'all' and 'head' work everywhere (see `finetune layers ARCH`)."
             )
     selection = Selection(tuple(dict.fromkeys(names)), (), (), ())
@@ -99,12 +100,14 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
     A module without parameters and buffers that stands outside every frozen module (a dropout before the head) still
     follows `.train()`, because it belongs to what trains.
+    A module of which only single parameters are named (a batch norm's weight) stays in eval mode: its statistics are
+    frozen.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(selection.covers(name))
+    trained = [name for name, _ in model.named_modules() if selection.covers(name)]
     for name, module in model.named_modules():
-        selected_below = any(is_inside(selected, name) for selected in selection.names)
-        if selection.covers(name) or selected_below:
+        if any(is_inside(name, other) or is_inside(other, name) for other in trained):
             continue
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             # A bound method of a module-level function survives copy.deepcopy, bound to the copy.

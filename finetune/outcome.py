@@ -59,8 +59,8 @@ def summarise(
     """
     trained = set(prepared.selection.trained)
     sizes = {name: value.numel() for name, value in prepared.model.named_parameters()}
-    last = progress["rows"][-1] if progress["rows"] else {}
     kept = progress["best_epoch"] if recipe.patience and progress["best_epoch"] else progress["epoch"]
+    row = progress["rows"][kept - 1] if progress["rows"] else {}  # of the weights that were kept, not of the last
     prefix = computing.prefix.choice if computing.prefix else None
     formats = {computing.training.precision} | ({prefix.precision} if prefix else set())
     return {
@@ -68,7 +68,7 @@ def summarise(
         "test_accuracy": figures.get("test_accuracy"),
         "test_loss": figures.get("test_loss"),
         "train_accuracy": figures["train_accuracy"],
-        "val_accuracy": last.get("val_accuracy"),
+        "val_accuracy": row.get("val_accuracy"),
         "epochs": progress["epoch"],
         "kept_epoch": kept,
         "images_seen": progress["epoch"] * len(data.train),
@@ -90,7 +90,8 @@ def summarise(
             "val": len(data.val or ()),
             "test": len(data.test or ()),
         },
-        "device": str(next(prepared.model.parameters()).device.type),
+        # Of what trained: a frozen part that only gave features stays on the CPU.
+        "device": next(value for value in prepared.model.parameters() if value.requires_grad).device.type,
         "precision": "fp32" if formats == {"fp32"} else "bf16",
         "compile": bool(computing.training.compiled or (prefix and prefix.compiled)),
         "computed": computing.choices(),

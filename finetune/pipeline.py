@@ -29,7 +29,8 @@ from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.precision import compile_module
 from finetune.recipe import Recipe, check, resolve_auto
-from finetune.rundir import RunDirectory, create_run_directory, open_run_directory
+from finetune.report import write_report
+from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
 from weights.errors import StoppedError
 
@@ -88,6 +89,8 @@ def run(
     started = time.perf_counter()
     events = events or Events()
     check(recipe)
+    if output is not None:
+        require_empty(output)  # again when it is made: this only spares the wait
     job = prepare(recipe, events)
     name = f"{job.prepared.arch.name}-{job.data.name}"
     with create_run_directory(output, name) as directory:
@@ -116,6 +119,7 @@ def resume(path: Path, *, events: Events | None = None, stop: Stop = lambda: Fal
     with directory:
         summary = directory.read_summary()
         if summary is not None:
+            directory.drop_checkpoint()  # a kill between the last two writes leaves it
             events.note(f"{path} is a finished run; nothing is left to do.")
             return {**summary, "output": str(path)}
         state = directory.read_checkpoint()
@@ -255,6 +259,9 @@ def _finish(
     if logits is not None and job.data.test is not None:
         outcome.write_predictions(directory.path, logits, job.data.test.labels)
     directory.write_metrics(progress.rows)
+    labels = None if job.data.test is None else job.data.test.labels
+    command = f"finetune run --config {RECIPE}"
+    write_report(directory.path, summary, progress.rows, job.data.classes, logits, labels, command)
     directory.write_summary(summary)
     directory.drop_checkpoint()
     return {**summary, "output": str(directory.path)}
@@ -273,7 +280,8 @@ def _source(job: Job, builder: FeatureBuilder | None, data: ImageSet, views: Vie
     if builder is not None:
         return builder.features(data, views, name)
     computing = job.computing
-    return Live(data, views, job.prepared.preprocessing, computing.prefix, job.device, computing.training.dtype)
+    dtype = torch.float32 if name == "test" else computing.training.dtype  # the test runs in fp32: see test_logits
+    return Live(data, views, job.prepared.preprocessing, computing.prefix, job.device, dtype)
 
 
 def _stopped(directory: RunDirectory, progress: Progress, recipe: Recipe) -> StoppedError:

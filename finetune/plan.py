@@ -91,10 +91,11 @@ class Plan:
                 f"({self.prefix.reason})"
             )
         lines.append(f"features: {self.placement.reason}")
-        lines.append(
-            f"expected: {duration(self.feature_seconds)} for {self.feature_views:,} feature rows, "
-            f"{self.epochs} epochs of {duration(self.epoch_seconds)}, {duration(self.total_seconds)} in all"
-        )
+        rows = f"{duration(self.feature_seconds)} for {self.feature_views:,} feature rows, "
+        if not self.feature_views:
+            rows = "no features to compute, " if self.placement.where in ("ram", "disk") else ""
+        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} of {duration(self.epoch_seconds)}"
+        lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all")
         return lines
 
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from weights.save import write_atomically
 
-# A tenth is the least that compiling a batch-norm-folded ResNet prefix gained where it was measured (docs/log.md);
-# the first compile of a process takes tens of seconds, of which 30 is a cautious guess until it has been timed here.
-COMPILE_GAIN = 0.1
+# Compiling a folded ResNet-18 prefix gained 7 % where it gained least (docs/log.md); the first compile of a process
+# takes tens of seconds, of which 30 is a cautious guess until it has been timed here.
+COMPILE_GAIN = 0.06
 COMPILE_SECONDS = 30.0
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -161,7 +161,9 @@ def remembered(cache_dir: Path, about: Mapping[str, Any], measure: Callable[[], 
     key = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "measurements" / f"{key}.json"
     try:
-        return Choice(**json.loads(path.read_text())["choice"])
+        choice = Choice(**json.loads(path.read_text())["choice"])
+        if choice.precision in DTYPES and choice.rate > 0 and choice.compile_seconds >= 0:
+            return choice
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing there, or nothing that can be believed: measure
     choice = measure()
@@ -172,3 +174,12 @@ def remembered(cache_dir: Path, about: Mapping[str, Any], measure: Callable[[], 
     except OSError:
         return choice  # a cache folder that cannot be written costs the next run a few seconds, nothing else
     return choice
+
+
+def forget(cache_dir: Path) -> int:
+    """Delete all remembered choices, so that the next run measures anew; return how many there were."""
+    found = list((cache_dir / "measurements").glob("*.json"))
+    for path in found:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+    return len(found)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import timm
 import torch
 from torch import fx, nn
 
@@ -65,29 +66,13 @@ def prepare_prefix(
     with torch.no_grad():
         exact = cut.prefix(preprocessing(few))
     folded, count = fold_batch_norms(cut.prefix)
-    if _error(folded, preprocessing(few), exact) > FP32_ERROR:
+    if not _error(folded, preprocessing(few), exact) <= FP32_ERROR:  # NaN does not pass either
         folded, count = copy.deepcopy(cut.prefix).requires_grad_(False), 0
-    modules: dict[str, nn.Module] = {}
-
-    def module(precision: str) -> nn.Module:
-        if precision not in modules:
-            twin = copy.deepcopy(folded).to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
-            modules[precision] = twin.eval()
-        return modules[precision]
-
-    compiled_modules: dict[str, Any] = {}
-
-    def runnable(precision: str, compiled: bool) -> Any:
-        if not compiled:
-            return module(precision)
-        if precision not in compiled_modules:
-            compiled_modules[precision] = compile_module(module(precision))
-        return compiled_modules[precision]
-
+    twins = _Twins(folded, device)
     full = sample[torch.arange(batch) % len(sample)]
 
     def build(precision: str, compiled: bool) -> Callable[[], None]:
-        run = runnable(precision, compiled)
+        run = twins.runnable(precision, compiled)
         pixels = preprocessing(full.to(device), DTYPES[precision])
 
         def step() -> None:
@@ -98,46 +83,88 @@ def prepare_prefix(
 
     choice = pick(build)
     if choice.precision == "bf16":
-        error = _error(module("bf16"), preprocessing(few.to(device), torch.bfloat16), exact)
-        if error > BF16_ERROR:
+        error = _error(twins.module("bf16"), preprocessing(few.to(device), torch.bfloat16), exact)
+        if not error <= BF16_ERROR:
             reason = f"bf16 features would be {100 * error:.0f} % off"
-            choice = Choice("fp32", choice.compiled, 0.0, 0.0, reason)
+            choice = replace(choice, precision="fp32", reason=reason)  # with bf16's rate, the best guess there is
     prefix = Prefix(
-        run=runnable(choice.precision, choice.compiled),
+        run=twins.runnable(choice.precision, choice.compiled),
         preprocessing=preprocessing,
         dtype=choice.dtype,
         batch=batch,
         device=device,
         rows=tuple(RowShape(tuple(value.shape[1:]), choice.dtype) for value in exact),
     )
-    identity = {
-        "prefix": prefix_sha256(cut.prefix),
+    return PreparedPrefix(prefix, choice, _identity(cut.prefix, prefix, choice, count), count)
+
+
+class _Twins:
+    """A folded prefix in each number format, eager and compiled; each is made when it is first asked for."""
+
+    def __init__(self, folded: nn.Module, device: torch.device) -> None:
+        self.folded, self.device = folded, device
+        self._plain: dict[str, nn.Module] = {}
+        self._compiled: dict[str, Any] = {}
+
+    def module(self, precision: str) -> nn.Module:
+        if precision not in self._plain:
+            twin = copy.deepcopy(self.folded).to(self.device, DTYPES[precision])
+            self._plain[precision] = twin.to(memory_format=torch.channels_last).eval()
+        return self._plain[precision]
+
+    def runnable(self, precision: str, compiled: bool) -> Any:
+        if not compiled:
+            return self.module(precision)
+        if precision not in self._compiled:
+            self._compiled[precision] = compile_module(self.module(precision))
+        return self._compiled[precision]
+
+
+def _identity(frozen: fx.GraphModule, prefix: Prefix, choice: Choice, folded: int) -> dict[str, Any]:
+    """Return the ingredients of the cache key that describe the computation."""
+    preprocessing = prefix.preprocessing
+    return {
+        "prefix": prefix_sha256(frozen),
         "image_size": preprocessing.size,
         "interpolation": preprocessing.interpolation,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
         "dtype": str(choice.dtype),
-        "folded": count,
+        "folded": folded,
         "compiled": choice.compiled,
-        "device": device.type,
+        "device": prefix.device.type,
         "torch": torch.__version__,
+        "timm": timm.__version__,
     }
-    return PreparedPrefix(prefix, choice, identity, count)
 
 
 def prefix_sha256(prefix: fx.GraphModule) -> str:
     """Return an identity of a prefix: its graph's code and every tensor in it."""
-    lines = [prefix.code] + [f"{name} {tensor_sha256(tensor)}" for name, tensor in sorted(prefix.state_dict().items())]
-    # Modules that stay whole in the graph hide their own code: their printed form names kernel sizes and strides.
-    lines += [f"{name} {module}" for name, module in sorted(prefix.named_modules()) if name]
+    tensors = {**dict(prefix.named_parameters()), **dict(prefix.named_buffers())}  # not only what a state dict holds
+    lines = [prefix.code] + [f"{name} {tensor_sha256(tensor)}" for name, tensor in sorted(tensors.items())]
+    # Modules that stay whole in the graph hide their own code: their printed form names kernel sizes and strides, their
+    # attributes numbers of heads, scales and the like.
+    lines += [f"{name} {module} {_plain_attributes(module)}" for name, module in sorted(prefix.named_modules()) if name]
     return tensor_sha256(torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8))
+
+
+def _plain_attributes(module: nn.Module) -> list[str]:
+    """Return a module's own numbers, switches and texts, but for its mode."""
+    plain = (bool, int, float, str)
+    return sorted(
+        f"{name}={value!r}"
+        for name, value in vars(module).items()
+        if name != "training"
+        and (isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value)))
+    )
 
 
 def _error(module: nn.Module, pixels: torch.Tensor, exact: tuple[torch.Tensor, ...]) -> float:
     """Return the largest relative L2 error of a module's outputs against exact ones."""
     with torch.no_grad():
         values = module(pixels)
-    return max(
-        float((value.float().cpu() - truth).norm() / truth.norm().clamp_min(1e-12))
+    errors = [
+        (value.float().cpu() - truth).norm() / truth.norm().clamp_min(1e-12)
         for value, truth in zip(values, exact, strict=True)
-    )
+    ]
+    return float(torch.stack(errors).max())  # NaN where any is

@@ -43,7 +43,7 @@ class Recipe:
     # Cached features make epochs cheap; small sets need enough of them to take a few hundred steps (see resolve_auto).
     epochs: int | None = _setting(None, "Passes over the training images; auto takes 8, and more for small sets.")
     batch_size: int | None = _setting(None, "Images per step; auto takes 128, and less for small sets.")
-    # 0.01 moves pretrained layers gently; layers that start fresh get ten times that (docs/log.md has the comparison).
+    # 0.01 moves pretrained layers gently; layers that start fresh get ten times that (docs/decisions/0002 says why).
     lr: float = _setting(0.01, "Peak learning rate of layers that start from pretrained weights.")
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
     optimizer: str = _setting("sgd", "sgd is SGD with Nesterov momentum.", choices=("sgd", "adam", "adamw"))
@@ -96,9 +96,8 @@ def check(recipe: Recipe) -> None:
     for item in dataclasses.fields(Recipe):
         value, choices = getattr(recipe, item.name), item.metadata["choices"]
         if choices and value not in choices:
-            raise UsageError(
-                f"{flag(item.name)} is '{value}'{near_matches(str(value), choices) or '.'} It can be {', '.join(choices)}."
-            )
+            near = near_matches(str(value), choices) or "."
+            raise UsageError(f"{flag(item.name)} is '{value}'{near} It can be {', '.join(choices)}.")
     for name in ("image_size", "epochs", "batch_size", "views", "limit"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
@@ -127,6 +126,8 @@ def check(recipe: Recipe) -> None:
         )
     if not recipe.train_layers:
         raise UsageError("--train-layers is empty; name layers to train, such as head or layer4,fc, or all.")
+    if not 0 <= recipe.seed < 2**32:
+        raise UsageError(f"--seed is {recipe.seed}; give a whole number from 0 to {2**32 - 1}.")
     parse_bytes(recipe.cache_limit, "--cache-limit")
     if recipe.memory_budget is not None:
         parse_bytes(recipe.memory_budget, "--memory-budget")
@@ -192,7 +193,9 @@ def from_table(table: dict[str, Any], where: str) -> Recipe:
     values: dict[str, Any] = {}
     for name, value in table.items():
         if name not in known:
-            raise UsageError(f"{where} has an unknown setting '{name}'{near_matches(name, known) or '; delete that line.'}")
+            raise UsageError(
+                f"{where} has an unknown setting '{name}'{near_matches(name, known) or '; delete that line.'}"
+            )
         values[name] = _typed(known[name], value, where)
     return Recipe(**values)
 

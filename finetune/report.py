@@ -38,7 +38,7 @@ p { margin: .5rem 0; }
 .result { font-size: 2.6rem; line-height: 1.2; font-weight: 650; margin: .5rem 0 0; }
 .soft, caption, th { color: var(--soft); font-weight: 400; }
 pre { background: var(--box); padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap; margin: .75rem 0; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 2.5rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .5rem 2.5rem; }
 .pair > * { min-width: 0; }
 figure { margin: .5rem 0; break-inside: avoid; }
 svg { display: block; width: 100%; height: auto; }
@@ -51,12 +51,16 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 caption { text-align: left; padding: .25rem 0; }
 th, td { text-align: left; vertical-align: baseline; padding: .2rem .75rem .2rem 0; border-top: 1px solid var(--line); }
 tr { break-inside: avoid; }
-th[scope=row] { width: 9rem; }
-td.number { text-align: right; white-space: nowrap; }
+th[scope=row] { width: 10.5rem; }
+.wide { overflow-x: auto; }
+.number { text-align: right; white-space: nowrap; }
+table.pairs td:not(.number) { width: 38%; }
 td.bar { width: 30%; padding-right: 0; }
 td.bar div { height: .6rem; background: var(--a); min-width: 1px; print-color-adjust: exact; }
 code { font-family: ui-monospace, monospace; font-size: .9em; }
-@media print { body { max-width: none; padding: 0; } h2 { break-after: avoid; } }
+@media print, (max-width: 36rem) { td.bar { width: 15%; } }
+@media print { body { max-width: none; padding: 0; font-size: .85rem; } h2 { break-after: avoid; }
+  .pair { grid-template-columns: 1fr 1fr; } }
 """
 
 
@@ -83,7 +87,7 @@ def write_report(
     Raises:
         RunError: the file cannot be written.
     """
-    parts = [_head(summary, command), _curves(rows)]
+    parts = [_head(summary, command), _curves(rows, summary)]
     if logits is not None and labels is not None and len(labels):
         parts.append(_classes(classes, logits.argmax(1), labels))
     parts += [_frozen(summary), _time(summary), _facts(summary)]
@@ -121,44 +125,40 @@ def _head(summary: dict[str, Any], command: str) -> str:
     )
 
 
-def _curves(rows: Sequence[dict[str, Any]]) -> str:
+def _curves(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """Loss and accuracy per epoch."""
     if not rows:
         return ""
     charts = [line_chart("loss", "Loss", "", rows), line_chart("accuracy", "Accuracy", " %", rows)]
-    table = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="number">{text}</td>'
-            for text in (
-                row["epoch"],
-                _number(row["train_loss"], 4),
-                _number(row["train_accuracy"], 2),
-                _number(row["val_loss"], 4),
-                _number(row["val_accuracy"], 2),
-                f"{row['lr']:.2e}",
-                f"{row['seconds']:.1f}",
-            )
-        )
-        + "</tr>\n"
-        for row in rows
-    )
-    names = ("epoch", "train loss", "train %", "val loss", "val %", "lr", "seconds")
-    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    columns = {
+        "epoch": [str(row["epoch"]) for row in rows],
+        "train loss": [f"{row['train_loss']:.4f}" for row in rows],
+        "train %": [f"{row['train_accuracy']:.2f}" for row in rows],
+        "val loss": ["" if row["val_loss"] is None else f"{row['val_loss']:.4f}" for row in rows],
+        "val %": ["" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2f}" for row in rows],
+        "lr": [f"{row['lr']:.2e}" for row in rows],
+        "seconds": [f"{row['seconds']:.1f}" for row in rows],
+    }
+    heads = "".join(f'<th scope="col" class="number">{name}</th>' for name in columns)
+    lines = zip(*columns.values(), strict=True)
+    cells = ("".join(f'<td class="number">{cell}</td>' for cell in line) for line in lines)
+    table = "".join(f"<tr>{line}</tr>\n" for line in cells)
+    told = "Training figures are means over each epoch, taken in passing while the network learns"
+    if rows[-1]["val_loss"] is not None:
+        told += "; validation is measured after the epoch"
     return (
         f'<h2>Training</h2>\n<div class="pair">\n{"".join(charts)}</div>\n'
-        '<p class="soft">Training figures are means over each epoch while the network learns, on augmented images; '
-        "validation is measured after the epoch, on images as they are.</p>\n"
-        f"<details><summary>Figures of every epoch</summary>\n<table>\n<tr>{heads}</tr>\n{table}</table></details>"
+        f'<p class="soft">{told}. The weights are those of epoch {summary["kept_epoch"]}.</p>\n'
+        '<details><summary>Figures of every epoch</summary>\n<div class="wide"><table>\n'
+        f"<tr>{heads}</tr>\n{table}</table></div></details>"
     )
 
 
 def _classes(classes: Sequence[str], predicted: torch.Tensor, labels: torch.Tensor) -> str:
     """Accuracy of each class, and which classes are taken for which."""
     count = len(classes)
-    table = torch.bincount(labels * count + predicted, minlength=count * count).reshape(
-        count, count
-    )  # [true, predicted]
+    # (C, C): rows are what the images are, columns what they were taken for
+    table = torch.bincount(labels * count + predicted, minlength=count * count).reshape(count, count)
     total = table.sum(1)
     present = [index for index in range(count) if total[index]]
     right = {index: int(table[index, index]) for index in present}
@@ -187,8 +187,9 @@ def _classes(classes: Sequence[str], predicted: torch.Tensor, labels: torch.Tens
         f'<td class="number">{n:,} of {int(total[a]):,}</td></tr>\n'
         for n, a, b in mistakes[:SHOWN]
     )
-    heads = '<tr><th scope="col">is</th><th scope="col">taken for</th><th scope="col">images</th></tr>\n'
-    confused = f"<h2>Most confused pairs</h2>\n<table>\n{heads}{pairs}</table>" if pairs else ""
+    heads = '<tr><th scope="col">is</th><th scope="col">taken for</th><th scope="col" class="number">images</th></tr>\n'
+    table_of_pairs = f'<table class="pairs">\n{heads}{pairs}</table>'
+    confused = f"<h2>Most confused pairs</h2>\n{table_of_pairs}" if pairs else ""
     return f'<h2>Test accuracy by class</h2>\n<div class="pair">\n{tables}</div>\n{confused}'
 
 
@@ -236,7 +237,7 @@ def _facts(summary: dict[str, Any]) -> str:
         ("weights SHA-256", weights["sha256"]),
         ("accuracy on train", f"{summary['train_accuracy']:.2f} %"),
         ("computed in", f"{summary['precision']}, {'compiled' if summary['compile'] else 'not compiled'}"),
-        ("features", f"{size(features['bytes'])} ({features['where']})"),
+        ("features", f"{size(features['bytes'])} ({features['where']})" if features["bytes"] else None),
         ("versions", ", ".join(f"{name} {number}" for name, number in summary["versions"].items())),
     ]
     rows = "".join(
@@ -245,7 +246,3 @@ def _facts(summary: dict[str, Any]) -> str:
         if value is not None
     )
     return f"<h2>Data, weights and environment</h2>\n<table>\n{rows}</table>"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

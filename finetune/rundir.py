@@ -42,6 +42,8 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be written ({error.strerror}); give another --output.") from error
+        for half_written in self.path.glob(".*.tmp"):  # what a killed run was writing; the lock says that it is gone
+            half_written.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,8 +90,9 @@ class RunDirectory:
             return None
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-            state["progress"]
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(state, dict) or "progress" not in state:
+                raise ValueError("it is no checkpoint of a run")
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise RunError(f"{path} is damaged ({first}); delete it to start this run from its first epoch.") from error
         return dict(state)
@@ -97,6 +100,23 @@ class RunDirectory:
     def drop_checkpoint(self) -> None:
         """Delete checkpoint.pt: a finished run does not need it."""
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def require_empty(output: Path) -> None:
+    """Refuse an output folder that holds something; one that does not exist yet is welcome.
+
+    Raises:
+        RunError: it holds files or folders.
+    """
+    if not output.is_dir():
+        return
+    held = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
+    if held:
+        finished = SUMMARY in held
+        advice = "" if finished or RECIPE not in held else f" (or go on with --resume {output})"
+        raise RunError(
+            f"{output} already holds {'a finished run' if finished else held[0]}; give another --output{advice}."
+        )
 
 
 def create_run_directory(output: Path | None, name: str) -> RunDirectory:
@@ -113,14 +133,7 @@ def create_run_directory(output: Path | None, name: str) -> RunDirectory:
     try:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            held = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
-            if held:
-                finished = SUMMARY in held
-                advice = "" if finished or RECIPE not in held else f" (or go on with --resume {output})"
-                raise RunError(
-                    f"{output} already holds {'a finished run' if finished else held[0]}; give another "
-                    f"--output{advice}."
-                )
+            require_empty(output)
             return RunDirectory(output)
         for number in range(1, 10_000):
             path = Path("runs") / f"{name}-{number:04d}"

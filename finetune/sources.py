@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from filelock import Timeout
 
 from finetune.augment import Preprocessing, Views
-from finetune.cache import Entry, key_of, make_room
+from finetune.cache import Entry, cannot_write, key_of, make_room
 from finetune.events import Events
 from finetune.features import Features, Progressing, compute_view
 from finetune.images import ImageSet
@@ -110,7 +110,9 @@ class FeatureBuilder:
                     compute_view(self.prepared.prefix, data, views, view, entry=None, keep=True, report=progress)
                 )
         else:
-            for view, (entry, about) in enumerate(self.entries(data, views)):
+            entries = self.entries(data, views)
+            self._keys += [entry.folder.name for entry, _ in entries]  # no view makes room by deleting another
+            for view, (entry, about) in enumerate(entries):
                 tensors.append(self._from_disk(data, views, view, entry, about, keep, progress))
         self.seconds += time.perf_counter() - start
         return Features(tensors, device)
@@ -126,14 +128,7 @@ class FeatureBuilder:
         progress: Progressing,
     ) -> list[torch.Tensor]:
         """Read one view through its cache entry, holding the entry's lock while it may be written."""
-        self._keys.append(entry.folder.name)
-        entry.folder.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(entry.lock.acquire(timeout=0))
-            except Timeout:
-                self.events.note("Another run is computing these features; waiting for it to finish.")
-                stack.enter_context(entry.lock.acquire())
+        with self._locked(entry):
             entry.load_journal()
             make_room(self.cache_dir, entry.missing_rows() * sum(entry.row_bytes), self.limit, self._keys)
             entry.open(about)
@@ -144,6 +139,18 @@ class FeatureBuilder:
                 "these were computed again."
             )
         return tensors
+
+    def _locked(self, entry: Entry) -> AbstractContextManager[object]:
+        """Take an entry's lock, after waiting for a run that is writing it."""
+        try:
+            entry.folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return entry.lock.acquire(timeout=0)
+            except Timeout:
+                self.events.note("Another run is computing these features; waiting for it to finish.")
+                return entry.lock.acquire()
+        except OSError as error:
+            raise cannot_write(entry.folder.parent, error) from error
 
 
 def images_sha256(images: torch.Tensor) -> str:

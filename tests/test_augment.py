@@ -1,0 +1,148 @@
+"""Views of images, and the step from pixels to model input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, v2
+
+from finetune.augment import Preprocessing, Views, make_views
+
+
+def noise(count: int, height: int = 32, width: int = 32, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def test_none_has_one_view_the_image() -> None:
+    views = make_views("none", 4, 32, count=None, seed=0)
+    images = noise(4)
+    assert views.count == 1
+    assert torch.equal(views.apply(images, torch.arange(4), torch.zeros(4, dtype=torch.int64)), images)
+
+
+def test_flip_has_exactly_two_views_as_it_is_and_mirrored() -> None:
+    views = make_views("flip", 4, 32, count=None, seed=0)
+    images, rows = noise(4), torch.arange(4)
+    assert views.count == 2
+    assert torch.equal(views.apply(images, rows, torch.zeros_like(rows)), images)
+    assert torch.equal(views.apply(images, rows, torch.ones_like(rows)), images.flip(-1))
+    mixed = views.apply(images, rows, torch.tensor([0, 1, 1, 0]))
+    assert torch.equal(mixed, torch.stack([images[0], images[1].flip(-1), images[2].flip(-1), images[3]]))
+
+
+def slow_crop(image: torch.Tensor, down: int, right: int, mirrored: bool) -> torch.Tensor:
+    """Pad one image (3, H, W) by reflection, pixel by pixel, take a window and mirror it."""
+    _, height, width = image.shape
+    pad = min(height, width) // 8
+    window = torch.empty_like(image)
+    for y in range(height):
+        for x in range(width):
+            row, column = abs(y + down - pad), abs(x + right - pad)  # -1 is reflected to 1
+            row = min(row, 2 * (height - 1) - row)  # height is reflected to height - 2
+            column = min(column, 2 * (width - 1) - column)
+            window[:, y, x] = image[:, row, column]
+    return window.flip(-1) if mirrored else window
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 24)])
+def test_crop_is_what_a_slow_loop_gives(height: int, width: int) -> None:
+    images = noise(12, height, width)
+    views = make_views("crop", 12, min(height, width), count=3, seed=5)
+    assert views.draws is not None
+    rows = torch.tensor([11, 0, 3, 3, 7, 5, 1, 2, 9, 10])
+    which = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    fast = views.apply(images[rows], rows, which)
+    for place, (row, view) in enumerate(zip(rows.tolist(), which.tolist(), strict=True)):
+        down, right, mirrored = views.draws[view, row].tolist()
+        assert torch.equal(fast[place], slow_crop(images[row], down, right, bool(mirrored)))
+
+
+def test_crop_draws_every_shift_and_both_sides() -> None:
+    views = make_views("crop", 2000, 32, count=1, seed=0)
+    assert views.draws is not None
+    assert views.draws.shape == (1, 2000, 3)
+    for column, values in enumerate((range(9), range(9), range(2))):  # 4 pixels of padding: 9 places
+        assert views.draws[0, :, column].unique().tolist() == list(values)
+
+
+def test_a_view_does_not_depend_on_what_else_is_in_the_batch() -> None:
+    images = noise(6)
+    views = make_views("crop", 6, 32, count=2, seed=0)
+    rows = torch.arange(6)
+    together = views.apply(images, rows, torch.ones_like(rows))
+    alone = [views.apply(images[row : row + 1], rows[row : row + 1], torch.ones(1, dtype=torch.int64)) for row in rows]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
+    first, again, other = (make_views("crop", 10, 32, count=2, seed=seed) for seed in (1, 1, 2))
+    assert [first.describe(view) for view in range(2)] == [again.describe(view) for view in range(2)]
+    texts = {made.describe(view) for made in (first, other) for view in range(2)}
+    assert len(texts) == 4
+
+
+def test_a_description_differs_when_a_single_draw_does() -> None:
+    first = make_views("crop", 10, 32, count=1, seed=1)
+    assert first.draws is not None
+    draws = first.draws.clone()
+    draws[0, 9, 2] = 1 - draws[0, 9, 2]
+    assert Views("crop", 1, draws).describe(0) != first.describe(0)
+
+
+def test_views_of_other_kinds_describe_themselves_apart() -> None:
+    flip = Views("flip", 2)
+    assert len({flip.describe(0), flip.describe(1), Views("crop", 1, torch.zeros(1, 4, 3)).describe(0)}) == 3
+
+
+def test_crop_without_draws_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="make them with make_views"):
+        Views("crop", 1).apply(noise(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+
+
+MEAN, STD = (0.5, 0.45, 0.4), (0.2, 0.25, 0.3)
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+def reference(images: torch.Tensor, size: int, interpolation: str, *, antialias: bool) -> torch.Tensor:
+    """What torchvision makes of the same pixels, resized in float."""
+    steps = [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Resize((size, size), MODES[interpolation], antialias=antialias),
+        v2.Normalize(MEAN, STD),
+    ]
+    return v2.Compose(steps)(images)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [32, 64, 72])
+def test_growing_is_what_torchvision_does(interpolation: str, side: int) -> None:
+    images = noise(2)
+    fast = Preprocessing(side, MEAN, STD, interpolation)(images)
+    torch.testing.assert_close(fast, reference(images, side, interpolation, antialias=False), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 24), (48, 64, 40), (24, 64, 32)])
+def test_shrinking_is_what_torchvision_does_with_antialiasing(
+    interpolation: str, height: int, width: int, side: int
+) -> None:
+    images = noise(2, height, width)
+    fast = Preprocessing(side, MEAN, STD, interpolation)(images)
+    torch.testing.assert_close(fast, reference(images, side, interpolation, antialias=True), rtol=0, atol=2e-5)
+
+
+def test_the_model_input_is_channels_last_in_the_wanted_format() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        made = Preprocessing(40, MEAN, STD, "bilinear")(noise(2), dtype)
+        assert made.shape == (2, 3, 40, 40)
+        assert made.dtype == dtype
+        assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_are_left_as_they_are() -> None:
+    images = noise(2)
+    before = images.clone()
+    Preprocessing(32, MEAN, STD, "bilinear")(images)
+    make_views("crop", 2, 32, count=1, seed=0).apply(images, torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(images, before)

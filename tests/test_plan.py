@@ -1,0 +1,174 @@
+"""Where features go, and how a plan reads."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finetune.plan import DISK_RESERVE, Placement, Plan, duration, place, size
+from finetune.precision import Choice
+from weights.errors import UsageError
+
+GB = 10**9
+Usage = namedtuple("Usage", "free")
+
+
+@pytest.fixture(autouse=True)
+def _disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with 100 GB to use."""
+    monkeypatch.setattr(psutil, "disk_usage", lambda path: Usage(100 * GB + DISK_RESERVE))
+
+
+def placed(needed: int, **settings: Any) -> Placement:
+    usual: dict[str, Any] = {
+        "mode": "auto",
+        "cache_dir": Path("/nowhere/at/all"),
+        "limit": 50 * GB,
+        "memory": 8 * GB,
+        "held": 0,
+        "fresh_each_epoch": False,
+    }
+    return place(needed, **{**usual, **settings})
+
+
+def test_what_fits_memory_and_disk_is_kept_in_both() -> None:
+    assert placed(5 * GB) == Placement("ram", True, 5 * GB, "5.0 GB in memory, kept on disk for the next run")
+
+
+def test_what_does_not_fit_memory_is_read_from_disk() -> None:
+    reason = "11.0 GB on disk, read as needed (memory budget 8.0 GB)"
+    assert placed(11 * GB) == Placement("disk", True, 11 * GB, reason)
+
+
+def test_what_does_not_fit_the_disk_stays_in_memory_alone() -> None:
+    reason = "5.0 GB in memory; the disk budget is too small to keep them"
+    assert placed(5 * GB, limit=4 * GB) == Placement("ram", False, 5 * GB, reason)
+
+
+def test_what_fits_nowhere_is_computed_in_every_epoch() -> None:
+    reason = "60.0 GB fit neither disk nor memory, so they are computed in every epoch"
+    assert placed(60 * GB) == Placement("off", False, 0, reason)
+
+
+def test_a_nearly_full_disk_counts_as_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "disk_usage", lambda path: Usage(5 * GB))
+    assert placed(4 * GB).on_disk is False  # 2 GB stay free for everything else
+    assert placed(3 * GB).on_disk is True
+    assert placed(4 * GB, held=GB).on_disk is True  # what is there already needs no room
+
+
+def test_off_is_off() -> None:
+    assert placed(GB, mode="off") == Placement("off", False, 0, "computed anew in every epoch, as asked")
+
+
+def test_ram_never_touches_the_disk() -> None:
+    assert placed(GB, mode="ram") == Placement("ram", False, GB, "1.0 GB in memory, nothing on disk")
+
+
+def test_ram_that_is_too_small_is_an_error() -> None:
+    with pytest.raises(UsageError) as error:
+        placed(9 * GB, mode="ram")
+    assert str(error.value) == (
+        "--cache ram needs 9.0 GB for features and the memory budget is 8.0 GB; raise --memory-budget, lower --limit "
+        "or --views, or use --cache disk."
+    )
+
+
+def test_disk_stays_on_disk_though_memory_would_do() -> None:
+    reason = "1.0 GB on disk, read as needed (memory budget 8.0 GB)"
+    assert placed(GB, mode="disk") == Placement("disk", True, GB, reason)
+
+
+def test_a_disk_that_is_too_small_is_an_error() -> None:
+    with pytest.raises(UsageError) as error:
+        placed(60 * GB, mode="disk")
+    assert str(error.value) == (
+        "--cache disk needs 60.0 GB for features; --cache-limit is 50.0 GB and 100.0 GB can be used on that disk: "
+        "raise the limit, point --cache-dir elsewhere, or use --cache off."
+    )
+
+
+def test_views_that_are_used_once_are_not_kept_unless_they_are_there() -> None:
+    reason = "every epoch has views of its own, so they are computed as it goes"
+    assert placed(GB, fresh_each_epoch=True) == Placement("off", False, 0, reason)
+    assert placed(GB, fresh_each_epoch=True, held=GB).where == "ram"
+    assert placed(GB, fresh_each_epoch=True, mode="disk").where == "disk"
+
+
+def test_the_disk_that_is_asked_about_is_the_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(psutil, "disk_usage", lambda path: asked.append(path) or Usage(100 * GB))
+    placed(GB, cache_dir=tmp_path / "not" / "yet" / "there")
+    assert asked == [str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.4, "under 1 s"),
+        (8.4, "8 s"),
+        (99.4, "99 s"),
+        (100, "1 min 40 s"),
+        (200.2, "3 min 20 s"),
+        (3599.6, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (10**6, "1.0 MB"), (11 * 10**9, "11.0 GB")],
+)
+def test_sizes_read_well(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def make_plan(**changes: Any) -> Plan:
+    usual: dict[str, Any] = {
+        "arch": "resnet18.tv_in1k",
+        "data": "cifar100",
+        "counts": (45000, 5000, 10000),
+        "device": "a processor, 2 threads",
+        "parameters": (11_227_812, 8_445_028),
+        "trained_layers": ("layer4", "fc"),
+        "frozen_share": 0.774,
+        "prefix": Choice("bf16", True, 300.0, 40.0, "fp32 100 img/s, bf16 300 img/s"),
+        "training": Choice("fp32", False, 1000.0, 0.0, "fp32 1000 img/s"),
+        "placement": Placement("ram", True, 11 * GB, "11.0 GB in memory, kept on disk for the next run"),
+        "feature_views": 105_000,
+        "epochs": 8,
+        "batch_size": 128,
+        "feature_seconds": 350.0,
+        "epoch_seconds": 45.0,
+        "eval_seconds": 18.0,
+    }
+    return Plan(**{**usual, **changes})
+
+
+def test_a_plan_reads_as_sentences() -> None:
+    plan = make_plan()
+    assert plan.total_seconds == 350 + 8 * 45 + 18
+    assert plan.sentences() == [
+        "resnet18.tv_in1k on cifar100: 45,000 train, 5,000 validation, 10,000 test images",
+        "trains layer4, fc: 8,445,028 of 11,227,812 parameters",
+        "device a processor, 2 threads; training in fp32, eager (fp32 1000 img/s)",
+        "frozen part, 77 % of a forward pass, in bf16, compiled (fp32 100 img/s, bf16 300 img/s)",
+        "features: 11.0 GB in memory, kept on disk for the next run",
+        "expected: 5 min 50 s for 105,000 feature rows, 8 epochs of 45 s, 12 min 8 s in all",
+    ]
+
+
+def test_an_uncut_plan_has_no_line_about_a_frozen_part() -> None:
+    plan = make_plan(
+        prefix=None, trained_layers=("",), placement=Placement("uncut", False, 0, "none: every layer trains")
+    )
+    assert plan.sentences()[1] == "trains all: 8,445,028 of 11,227,812 parameters"
+    assert plan.sentences()[3] == "features: none: every layer trains"

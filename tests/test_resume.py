@@ -1,0 +1,303 @@
+"""Runs that are stopped or killed and go on to the bits that an undisturbed run would have had.
+
+The killed ones are real processes. No test depends on how fast anything is: a run that is to be caught in its second
+epoch waits there until a signal comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_data import make_images, write_cifar100_python
+from make_run import metrics, model_bytes, tiny_recipe, write_weights
+
+from finetune.events import Events
+from finetune.pipeline import resume, run
+from finetune.recipe import Recipe, to_toml
+from weights.errors import RunError, StoppedError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Three epochs of many small batches."""
+    root = tmp_path_factory.mktemp("resume")
+    write_cifar100_python(root / "cifar", made=make_images(64, 20))
+    weights = write_weights(root / "test_resnet.safetensors")
+    return tiny_recipe(root / "cifar", weights, root / "cache", epochs=3, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(recipe, folder)
+    return folder
+
+
+def stop_when(epoch: int, batch: int) -> tuple[Events, Callable[[], bool]]:
+    """Events and a stop that says yes once that batch (both counted from 1) is done."""
+    reached: list[bool] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith(f"epoch {epoch} ") and done == batch:
+            reached.append(True)
+
+    return Events(progress=progress), lambda: bool(reached)
+
+
+def stop_run(recipe: Recipe, folder: Path, epoch: int, batch: int) -> str:
+    events, stop = stop_when(epoch, batch)
+    with pytest.raises(StoppedError) as error:
+        run(recipe, folder, events=events, stop=stop)
+    assert not (folder / ".lock").exists()
+    return str(error.value)
+
+
+def test_stopped_twice_and_resumed(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    """In the first epoch nothing was finished; in the second one epoch was."""
+    folder = tmp_path / "run"
+    words = stop_run(recipe, folder, 1, 2)
+    assert words == (
+        "Stopped before the first epoch was finished; what was finished is kept. "
+        f"Go on with: finetune run --resume {folder}"
+    )
+    assert {entry.name for entry in folder.iterdir()} == {"recipe.toml"}
+    events, stop = stop_when(2, 3)
+    with pytest.raises(StoppedError, match="Stopped after epoch 1 of 3; what was finished is kept"):
+        resume(folder, events=events, stop=stop)
+    assert [row["epoch"] for row in metrics(folder)] == [1]
+    summary = resume(folder)
+    assert model_bytes(folder) == model_bytes(whole)
+    assert metrics(folder) == metrics(whole)
+    assert summary["epochs"] == 3
+    assert not (folder / "checkpoint.pt").exists()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cosine, moving average": {"schedule": "cosine", "ema": 0.9},
+    "constant, adamw, patience": {"schedule": "constant", "optimizer": "adamw", "lr": 1e-4, "patience": 1},
+    "crop, uncached": {"augment": "crop"},
+    "all layers, adam": {"train_layers": ("all",), "optimizer": "adam", "lr": 1e-4},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_kind_of_state_is_kept(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    changed = dataclasses.replace(recipe, batch_size=16, **SETTINGS[name])
+    expected = run(changed, tmp_path / "whole")
+    stop_run(changed, tmp_path / "run", 2, 1)
+    summary = resume(tmp_path / "run")
+    assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    for key in ("epochs", "kept_epoch", "test_loss", "train_accuracy", "val_accuracy", "images_seen"):
+        assert summary[key] == expected[key], key
+
+
+def test_stopped_while_features_are_computed(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    started: list[str] = []
+    own = dataclasses.replace(recipe, cache_dir=tmp_path / "cache")
+    events = Events(progress=lambda what, done, total: started.append(what) if "features" in what else None)
+    with pytest.raises(StoppedError, match="before the first epoch"):
+        run(own, tmp_path / "run", events=events, stop=lambda: bool(started))
+    assert set(started) == {"features of train"}
+    resume(tmp_path / "run")
+    assert model_bytes(tmp_path / "run") == model_bytes(whole)
+
+
+def test_killed_between_the_last_two_writes(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    """The summary says that the run is finished; what else was to be cleared away is cleared."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint.pt").write_bytes(b"not read")
+    notes: list[str] = []
+    summary = resume(folder, events=Events(note=notes.append))
+    assert notes == [f"{folder} is a finished run; nothing is left to do."]
+    assert (summary["epochs"], summary["output"]) == (3, str(folder))
+    assert {entry.name for entry in folder.iterdir()} == {entry.name for entry in whole.iterdir()}
+
+
+def test_killed_before_the_files_were_written(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    """After the last epoch nothing is trained again, only tested and written."""
+    folder = tmp_path / "run"
+    reached: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, folder, events=Events(epoch=lambda row, epochs: interrupt(row["epoch"] == 3, reached)))
+    assert reached == [3]
+    assert (folder / "checkpoint.pt").exists()
+    batches: list[str] = []
+    resume(folder, events=Events(progress=lambda what, done, total: batches.append(what)))
+    assert [what for what in batches if what.startswith("epoch")] == []
+    assert model_bytes(folder) == model_bytes(whole)
+
+
+def interrupt(now: bool, reached: list[int]) -> None:
+    if now:
+        reached.append(3)
+        raise KeyboardInterrupt
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="it does not exist; give the folder of a run that was started before"):
+        resume(tmp_path / "none")
+
+
+def test_other_data(recipe: Recipe, tmp_path: Path) -> None:
+    own = dataclasses.replace(recipe, data=str(tmp_path / "cifar"))
+    shutil.copytree(recipe.data, own.data)
+    stop_run(own, tmp_path / "run", 2, 1)
+    write_cifar100_python(Path(own.data), made=make_images(64, 20, seed=1))
+    with pytest.raises(RunError, match=r"was trained on other images \(sha256 \w{12}…, now \w{12}…\); bring the"):
+        resume(tmp_path / "run")
+    shutil.rmtree(own.data)
+    shutil.copytree(recipe.data, own.data)
+    assert resume(tmp_path / "run")["epochs"] == 3
+
+
+def test_other_weights(recipe: Recipe, tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "test_resnet.safetensors")
+    own = dataclasses.replace(recipe, weights=str(weights))
+    stop_run(own, tmp_path / "run", 2, 1)
+    write_weights(weights, seed=2)
+    with pytest.raises(RunError, match=r"began with other weights \(sha256 \w{12}…, now \w{12}…\); bring the original"):
+        resume(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named_and_can_be_dropped(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    stop_run(recipe, tmp_path / "run", 2, 1)
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"checkpoint.pt is damaged \(.*\); delete it to start this run from its first"):
+        resume(tmp_path / "run")
+    path.unlink()
+    resume(tmp_path / "run")
+    assert model_bytes(tmp_path / "run") == model_bytes(whole)
+
+
+def test_a_run_in_use(recipe: Recipe, tmp_path: Path) -> None:
+    """While a run goes on, neither a second run nor a resume may touch its folder."""
+    words: list[str] = []
+
+    def epoch(row: dict[str, Any], epochs: int) -> None:
+        for attempt in (lambda: resume(tmp_path / "run"), lambda: run(recipe, tmp_path / "run")):
+            with pytest.raises(RunError) as error:
+                attempt()
+            words.append(str(error.value))
+
+    run(dataclasses.replace(recipe, epochs=1), tmp_path / "run", events=Events(epoch=epoch))
+    assert words[0].endswith("is in use by another run; wait until that one has ended, or give another --output.")
+    assert "already holds" in words[1]
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+# Real processes. They are slow to start, so there are few of them.
+
+HELD = """
+import pathlib, time
+from cli.main import main
+from finetune.fit import Trainer
+
+whole = Trainer.train_epoch
+
+def train_epoch(self, split, epoch, report, stop):
+    def hold(done, of):
+        report(done, of)
+        if epoch == 1 and done == 3:
+            pathlib.Path("held").touch()
+            while not stop():
+                time.sleep(0.01)
+
+    return whole(self, split, epoch, hold, stop)
+
+Trainer.train_epoch = train_epoch
+main()
+"""
+"""The command line, with one change: after three steps of the second epoch it waits until it is asked to stop."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start python with arguments in the test's folder; no process survives the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str) -> subprocess.Popen[str]:
+        # As many threads as here: sums over threads are otherwise added in another order.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def start_held(
+    start: Callable[..., subprocess.Popen[str]], recipe: Recipe, tmp_path: Path, *words: str
+) -> subprocess.Popen[str]:
+    """Start a run into the folder `run` and return when it waits in its second epoch."""
+    (tmp_path / "own.toml").write_text(to_toml(recipe))
+    process = start("-c", HELD, "run", "--config", "own.toml", "--output", "run", *words)
+    while not (tmp_path / "held").exists():
+        if process.poll() is not None:
+            pytest.fail(f"the run ended first: {process.communicate()[1]}")
+        time.sleep(0.01)
+    assert len(metrics(tmp_path / "run")) == 1
+    return process
+
+
+def test_sigkill_in_the_second_epoch(
+    recipe: Recipe, whole: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Killed for good, resumed by another process, compared with the run of a third, this one."""
+    process = start_held(start, recipe, tmp_path)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = start("-m", "cli.main", "run", "--resume", "run")
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert "epoch 1/3" not in err, "the finished epoch is not trained again"
+    assert "epoch 2/3" in err
+    assert "kept in         run" in out
+    assert model_bytes(tmp_path / "run") == model_bytes(whole)
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {entry.name for entry in whole.iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_stops_a_run_so_that_it_can_go_on(
+    recipe: Recipe, whole: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    process = start_held(start, recipe, tmp_path, "--json")
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert out == "", "no summary of a run that is not finished"
+    assert err.splitlines()[-2:] == [
+        "Stopping at the next step; press Ctrl-C again to end at once.",
+        "Error: Stopped after epoch 1 of 3; what was finished is kept. Go on with: finetune run --resume run",
+    ]
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "metrics.jsonl", "recipe.toml"}
+    resume(tmp_path / "run")
+    assert model_bytes(tmp_path / "run") == model_bytes(whole)
