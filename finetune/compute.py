@@ -213,36 +213,43 @@ def _choose_training(
     return choice
 
 
-def _place(recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None) -> tuple[Placement, int]:
-    """Return where features go, and how many feature rows are still to be computed."""
-    plain = Views("none", 1)
-    splits = [(data.train, views), *((split, plain) for split in (data.val, data.test) if split is not None)]
-    rows = sum(len(split) * view.count for split, view in splits)
+def _place(
+    recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None
+) -> tuple[Placement, tuple[int, int]]:
+    """Return where features go, and how many rows are to be computed: of train and validation, and of the test."""
     if prefix is None:
-        return Placement("uncut", False, 0, ""), 0
-    row_bytes = sum(row.bytes for row in prefix.prefix.rows)
-    memory = recipe.memory_budget
-    draft = Placement("ram", True, rows * row_bytes, "")
-    builder = Computing(prefix, prefix.choice, draft).builder(recipe, Events())
-    absent = rows
-    if recipe.cache in ("auto", "disk"):
-        absent = 0
-        for split, view in splits:
-            for entry, _ in builder.entries(split, view):
-                entry.load_journal()
-                absent += entry.missing_rows()
+        return Placement("uncut", False, 0, ""), (0, 0)
+    plain = Views("none", 1)
+    learned = [(data.train, views)] + ([(data.val, plain)] if data.val is not None else [])
+    needed = held = 0
+    absent = []
+    for made, splits in ((prefix, learned), (prefix.for_test, [(data.test, plain)] if data.test is not None else [])):
+        row_bytes = sum(row.bytes for row in made.prefix.rows)
+        builder = Computing(made, made.choice, Placement("ram", True, 0, "")).builder(recipe, Events())
+        rows = sum(len(split) * view.count for split, view in splits)
+        missing = sum(builder.missing(split, view) for split, view in splits)
+        missing = missing if recipe.cache in ("auto", "disk") else rows
+        needed += rows * row_bytes
+        held += (rows - missing) * row_bytes
+        absent.append((rows, missing))
     placement = place(
-        rows * row_bytes,
+        needed,
         mode=recipe.cache,
         cache_dir=cache_folder(recipe),
         limit=parse_bytes(recipe.cache_limit, "--cache-limit"),
-        memory=parse_bytes(memory, "--memory-budget") if memory else int(MEMORY_SHARE * free_memory()),
-        held=(rows - absent) * row_bytes,
+        memory=memory_budget(recipe),
+        held=held,
         fresh_each_epoch=recipe.augment == "crop" and views.count == recipe.epochs,
     )
-    if not placement.on_disk:
-        absent = rows
-    return placement, absent
+    which = 1 if placement.on_disk else 0
+    return placement, (absent[0][which], absent[1][which])
+
+
+def memory_budget(recipe: Recipe) -> int:
+    """Return the most bytes of memory that features may take."""
+    if recipe.memory_budget:
+        return parse_bytes(recipe.memory_budget, "--memory-budget")
+    return int(MEMORY_SHARE * free_memory())
 
 
 def _plan(
@@ -253,11 +260,12 @@ def _plan(
     computing: Computing,
     views: Views,
     device: torch.device,
-    missing: int,
+    missing: tuple[int, int],
 ) -> Plan:
     counts = (len(data.train), len(data.val or ()), len(data.test or ()))
     epochs = recipe.epochs or 1
     prefix_rate = computing.prefix.choice.rate if computing.prefix else 0.0
+    test_rate = computing.prefix.for_test.choice.rate or prefix_rate if computing.prefix else 0.0
     live = computing.placement.where == "off"
     train_rate = computing.training.rate
     per_image = 1 / train_rate + (1 / prefix_rate if live else 0.0)
@@ -279,10 +287,10 @@ def _plan(
         prefix=computing.prefix.choice if computing.prefix else None,
         training=computing.training,
         placement=computing.placement,
-        feature_views=0 if computing.placement.where in ("off", "uncut") else missing,
+        feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
         epochs=epochs,
         batch_size=recipe.batch_size or 1,
-        feature_seconds=0.0 if live or not prefix_rate else missing / prefix_rate,
+        feature_seconds=0.0 if live or not prefix_rate else missing[0] / prefix_rate + missing[1] / test_rate,
         epoch_seconds=counts[0] * per_image,
         eval_seconds=evaluated * eval_image,
     )

@@ -241,11 +241,13 @@ def _finish(
     module = trainer.suffix
     figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe.seed)
     logits = None
+    progress.eval_seconds += time.perf_counter() - start
     if job.data.test is not None:
         source = _source(job, builder, job.data.test, Views("none", 1), "test")
+        start = time.perf_counter()
         logits = outcome.test_logits(module, source, len(job.data.test), job.device)
         figures |= outcome.test_figures(logits, job.data.test.labels)
-    progress.eval_seconds += time.perf_counter() - start
+        progress.eval_seconds += time.perf_counter() - start
     require_unchanged(job.prepared.model, job.frozen)
     seconds = {
         "total": time.perf_counter() - started,
@@ -277,11 +279,16 @@ def _builder(job: Job, events: Events, stop: Callable[[], None]) -> FeatureBuild
 
 def _source(job: Job, builder: FeatureBuilder | None, data: ImageSet, views: Views, name: str) -> Source:
     """Return a split's source: features where the plan says so, else images on the fly."""
-    if builder is not None:
-        return builder.features(data, views, name)
     computing = job.computing
-    dtype = torch.float32 if name == "test" else computing.training.dtype  # the test runs in fp32: see test_logits
-    return Live(data, views, job.prepared.preprocessing, computing.prefix, job.device, dtype)
+    prefix, dtype = computing.prefix, computing.training.dtype
+    if name == "test":  # all in fp32, as whoever loads the model will compute it (docs/decisions/0005)
+        prefix, dtype = prefix and prefix.for_test, torch.float32
+    if builder is None or prefix is None:
+        return Live(data, views, job.prepared.preprocessing, prefix, job.device, dtype)
+    own = replace(builder, prepared=prefix)
+    features = own.features(data, views, name)
+    builder.seconds = own.seconds
+    return features
 
 
 def _stopped(directory: RunDirectory, progress: Progress, recipe: Recipe) -> StoppedError:

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Choice:
         rate: images per second measured for the choice; 0 when nothing had to be timed.
         compile_seconds: what compiling took; 0 when not tried.
         reason: one clause for people.
+        exact_rate: images per second in fp32, eager; 0 when that was not timed.
     """
 
     precision: str
@@ -47,6 +48,7 @@ class Choice:
     rate: float
     compile_seconds: float
     reason: str
+    exact_rate: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,34 +99,34 @@ def choose(
             rates[name] = 0.0  # an operation that this device does not have in bf16
     best = max(rates, key=rates.__getitem__)
     told = ", ".join(f"{name} {rate:.0f} img/s" for name, rate in rates.items())
+    eager = Choice(best, False, rates[best], 0.0, told, rates.get("fp32", 0.0))
     if compile_mode == "off":
-        return Choice(best, False, rates[best], 0.0, told)
+        return eager
     if device.type == "cpu" and compiler is None:
-        return Choice(
-            best, False, rates[best], 0.0, f"{told}; not compiled: no C++ compiler found (install g++ or clang++)"
-        )
-    seconds = work / rates[best]
+        return replace(eager, reason=f"{told}; not compiled: no C++ compiler found (install g++ or clang++)")
+    seconds = work / eager.rate
     if compile_mode == "auto" and seconds * COMPILE_GAIN < COMPILE_SECONDS:
-        return Choice(best, False, rates[best], 0.0, f"{told}; {seconds:.0f} s of work would not repay compiling")
-    return _try_compiled(build, best, rates[best], told, images_per_step, work, compile_mode == "on", device)
+        return replace(eager, reason=f"{told}; {seconds:.0f} s of work would not repay compiling")
+    return _try_compiled(build, eager, images_per_step, compile_mode == "on", device)
 
 
-def _try_compiled(
-    build: Candidate, best: str, eager: float, told: str, images: int, work: int, forced: bool, device: torch.device
-) -> Choice:
+def _try_compiled(build: Candidate, eager: Choice, images: int, forced: bool, device: torch.device) -> Choice:
     """Compile the fastest eager candidate and keep it when it is faster, or when it was asked for."""
     start = time.perf_counter()
     try:
-        step = build(best, True)
+        step = build(eager.precision, True)
         step()
     except Exception as error:  # whatever the compiler stack raises: the eager twin does the same work
         first = (str(error).splitlines() or [""])[0][:120]
-        return Choice(best, False, eager, 0.0, f"{told}; compiling failed ({type(error).__name__}: {first})")
+        return replace(eager, reason=f"{eager.reason}; compiling failed ({type(error).__name__}: {first})")
     seconds = time.perf_counter() - start
     rate = images / step_seconds(step, device)
-    told = f"{told}, compiled {rate:.0f} img/s after {seconds:.0f} s"
+    reason = f"{eager.reason}, compiled {rate:.0f} img/s after {seconds:.0f} s"
+    compiled = forced or rate > eager.rate
     # The time of compiling is spent by now; later runs find most of it in the compiler's own cache.
-    return Choice(best, forced or rate > eager, max(rate, eager) if not forced else rate, seconds, told)
+    return replace(
+        eager, compiled=compiled, rate=rate if compiled else eager.rate, compile_seconds=seconds, reason=reason
+    )
 
 
 def compile_module(module: nn.Module) -> Callable[..., Any]:

@@ -35,12 +35,19 @@ class PreparedPrefix:
         choice: number format and compilation, with the reason.
         identity: ingredients of the cache key that describe the computation.
         folded: how many batch norms were folded.
+        exact: its fp32 twin, for the test split; None when it is fp32 itself.
     """
 
     prefix: Prefix
     choice: Choice
     identity: dict[str, Any]
     folded: int
+    exact: PreparedPrefix | None = None
+
+    @property
+    def for_test(self) -> PreparedPrefix:
+        """What computes the test split's features: in fp32, as whoever loads the model will."""
+        return self.exact or self
 
 
 def prepare_prefix(
@@ -95,7 +102,14 @@ def prepare_prefix(
         device=device,
         rows=tuple(RowShape(tuple(value.shape[1:]), choice.dtype) for value in exact),
     )
-    return PreparedPrefix(prefix, choice, _identity(cut.prefix, prefix, choice, count), count)
+    ready = PreparedPrefix(prefix, choice, _identity(cut.prefix, prefix, choice, count), count)
+    if choice.precision == "fp32":
+        return ready
+    precise = replace(choice, precision="fp32", compiled=False, rate=choice.exact_rate)
+    rows = tuple(RowShape(row.shape, torch.float32) for row in prefix.rows)
+    twin = replace(prefix, run=twins.runnable("fp32", False), dtype=torch.float32, rows=rows)
+    exactly = PreparedPrefix(twin, precise, _identity(cut.prefix, twin, precise, count), count)
+    return replace(ready, exact=exactly)
 
 
 class _Twins:

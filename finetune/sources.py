@@ -88,6 +88,14 @@ class FeatureBuilder:
             made.append((entry, about))
         return made
 
+    def missing(self, data: ImageSet, views: Views) -> int:
+        """Return how many rows of a split the cache does not hold."""
+        total = 0
+        for entry, _ in self.entries(data, views):
+            entry.load_journal()
+            total += entry.missing_rows()
+        return total
+
     def features(self, data: ImageSet, views: Views, name: str) -> Features:
         """Return a split's features, computing what is absent.
 
