@@ -178,13 +178,13 @@ def test_without_a_network_the_message_says_where_it_looked_and_three_ways_on(pl
     message = str(caught.value)
     assert message.startswith(
         f"CIFAR-100 is not in --data-dir {places}/given (no such folder), $FINETUNE_DATA (not set), "
-        f"the current folder's data (no such folder), the cache {places}/cache/finetune/data (no such folder), "
+        f"the current folder's data (no such folder), the cache {places}/cache/finetune-timm/data (no such folder), "
         "and the download failed (no network in tests)."
     )
     assert "Put cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz into" in message
     assert "give --data the path of a copy" in message
     assert "--data shapes100" in message
-    assert list((places / "cache" / "finetune" / "data").iterdir()) == []
+    assert list((places / "cache" / "finetune-timm" / "data").iterdir()) == []
 
 
 def test_downloading_switched_off(places: Path) -> None:

@@ -67,15 +67,15 @@ BF16_FASTER: dict[Tried, float | Exception] = {
 
 
 def test_the_faster_format_wins() -> None:
-    assert Bench(BF16_FASTER).choose() == Choice("bf16", False, 200.0, 0.0, "fp32 100 img/s, bf16 200 img/s")
+    assert Bench(BF16_FASTER).choose() == Choice("bf16", False, 200.0, 0.0, "fp32 100 img/s, bf16 200 img/s", 100.0)
     slow_bf16 = Bench({("fp32", False): 0.32, ("bf16", False): 0.64}).choose()
-    assert slow_bf16 == Choice("fp32", False, 200.0, 0.0, "fp32 200 img/s, bf16 100 img/s")
+    assert slow_bf16 == Choice("fp32", False, 200.0, 0.0, "fp32 200 img/s, bf16 100 img/s", 200.0)
     assert (str(slow_bf16), slow_bf16.dtype) == ("fp32, eager", torch.float32)
 
 
 def test_a_format_that_was_asked_for_is_taken_and_the_other_not_tried() -> None:
     bench = Bench(BF16_FASTER)
-    assert bench.choose(precision="fp32") == Choice("fp32", False, 100.0, 0.0, "fp32 100 img/s")
+    assert bench.choose(precision="fp32") == Choice("fp32", False, 100.0, 0.0, "fp32 100 img/s", 100.0)
     assert bench.built == [("fp32", False)]
     assert bench.choose(precision="bf16").dtype == torch.bfloat16
 
@@ -123,7 +123,7 @@ def test_compiling_that_fails_leaves_it_eager_and_says_so(mode: str) -> None:
     broken = {**BF16_FASTER, ("bf16", True): LookupError("no such symbol\nand a long story")}
     choice = Bench(broken).choose(compile_mode=mode)
     reason = "fp32 100 img/s, bf16 200 img/s; compiling failed (LookupError: no such symbol)"
-    assert choice == Choice("bf16", False, 200.0, 0.0, reason)
+    assert choice == Choice("bf16", False, 200.0, 0.0, reason, 100.0)
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
