@@ -80,11 +80,10 @@ def prepare_prefix(
 
     def build(precision: str, compiled: bool) -> Callable[[], None]:
         run = twins.runnable(precision, compiled)
-        pixels = preprocessing(full.to(device), DTYPES[precision])
 
         def step() -> None:
             with torch.no_grad():
-                run(pixels)
+                run(preprocessing(full.to(device), DTYPES[precision]))
 
         return step
 
