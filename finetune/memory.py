@@ -2,8 +2,8 @@
 
 What a step holds at its fullest is dominated by the activations that the backward pass wants back. PyTorch tells which
 these are while a forward pass of two images runs; they grow with the batch. The sum is a lower bound: gradients of
-activations and scratch memory of single operations come on top. So a run that is refused here could not have worked,
-and one that passes may still be too large by a little.
+activations and scratch memory of single operations come on top. So a run that is refused here could have worked by
+swapping at best, and one that passes may still be too large by a little.
 """
 
 from __future__ import annotations

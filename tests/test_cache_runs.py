@@ -29,9 +29,7 @@ def test_features_of_three_times_the_memory_budget_give_the_same_losses(recipe: 
     """They are read from mapped files, and every bit is as in memory."""
     in_ram = run(dataclasses.replace(recipe, cache="ram"), tmp_path / "ram")
     budget = f"{in_ram['features']['bytes'] // 3}B"
-    mapped = run(
-        dataclasses.replace(recipe, cache_dir=tmp_path / "cache", memory_budget=budget), tmp_path / "disk"
-    )
+    mapped = run(dataclasses.replace(recipe, cache_dir=tmp_path / "cache", memory_budget=budget), tmp_path / "disk")
     assert (in_ram["features"]["where"], mapped["features"]["where"]) == ("ram", "disk")
     assert mapped["features"]["bytes"] == in_ram["features"]["bytes"]
     assert metrics(tmp_path / "disk") == metrics(tmp_path / "ram")

@@ -246,6 +246,10 @@ def test_cache_commands(root: Path) -> None:
         ({"image_size": "0"}, "--image-size is 0; give a whole number of at least 1."),
         ({"batch_size": "0"}, "--batch-size is 0; give a whole number of at least 1."),
         ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be sgd, adam, adamw."),
+        (
+            {"lr": "1e39"},
+            "--lr 1e+39 with --head-lr-scale 10 and --weight-decay 0.0005 is more than 32-bit numbers can",
+        ),
         ({"device": "tpu"}, "--device is 'tpu'; it can be auto, cpu, cuda, cuda:N or mps."),
         ({"cache_limit": "lots"}, "--cache-limit is 'lots'; give a size above 0 such as 500MB or 8GB."),
         ({"config": "none.toml"}, "The recipe none.toml cannot be read (No such file or directory)"),
