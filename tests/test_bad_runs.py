@@ -192,6 +192,14 @@ def test_learning_rates_beyond_32_bits(recipe: Recipe, tmp_path: Path, settings:
     check(dataclasses.replace(own, lr=1e-6, head_lr_scale=10.0, weight_decay=0.1))
 
 
+def test_images_too_small_for_the_network(recipe: Recipe, tmp_path: Path) -> None:
+    own = dataclasses.replace(recipe, arch="test_vit", train_layers=("head",), weights="none", image_size=8)
+    words = words_of(UsageError, own, tmp_path / "run")
+    assert words.startswith("test_vit cannot take images of 8 × 8 pixels (")
+    assert words.endswith("; its pretrained size is 160: choose a larger --image-size, or leave it out.")
+    assert not (tmp_path / "run").exists()
+
+
 # Memory
 
 

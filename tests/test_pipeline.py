@@ -277,7 +277,7 @@ def test_crop_with_views(done: Done, tmp_path: Path, rows_computed: list[int]) -
     run_again(done, tmp_path / "three", **crop, views=3)
     assert sum(rows_computed) == 3 * 43 + 5 + 20
     assert read_toml(tmp_path / "three" / "recipe.toml")["views"] == 3
-    assert read_toml(tmp_path / "live" / "recipe.toml")["views"] == "auto"  # it follows the epochs, also of a run that takes these settings
+    assert read_toml(tmp_path / "live" / "recipe.toml")["views"] == "auto"
 
 
 def test_training_everything_is_uncut_and_says_so(done: Done, tmp_path: Path) -> None:
