@@ -114,10 +114,11 @@ def trained_parts(name: str, job: Job, views: Source, plain: Source, inputs: tup
     import torch
 
     from finetune.fit import Split, Trainer, evaluation_batch, predict
+    from finetune.device import settle
     from finetune.precision import compile_module
 
     data, training = job.data.train, job.computing.training
-    suffix = job.cut.suffix.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    suffix = settle(job.cut.suffix, job.device)
 
     windows = job.computing.windows
     if windows is not None:  # every timed epoch alike

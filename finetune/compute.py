@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.augment import Views
 from finetune.cache import default_cache_dir
 from finetune.cut import Cut
-from finetune.device import device_name, find_compiler, free_memory
+from finetune.device import device_name, find_compiler, free_memory, settle
 from finetune.events import Events
 from finetune.features import RowShape
 from finetune.fit import Trainer
@@ -187,7 +187,7 @@ def _step_memory(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.dev
     image = torch.zeros(1, 3, side, side)
     with torch.no_grad():
         values = cut.prefix(image) if cut.prefix is not None else (image,)
-    suffix = cut.suffix.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    suffix = settle(cut.suffix, device)
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
     return step_memory(suffix, [tuple(value.shape[1:]) for value in values], dtype, device, recipe)
 
@@ -204,7 +204,7 @@ def _choose_training(
     """Time training steps of what trains; its weights are put back afterwards."""
     batch = min(recipe.batch_size or 1, len(train))
     rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
-    suffix = cut.suffix.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    suffix = settle(cut.suffix, device)
     before = {name: value.clone() for name, value in suffix.state_dict().items()}
     inputs: list[tuple[torch.Tensor, ...]] = []
 

@@ -20,7 +20,7 @@ from finetune.augment import Views, make_views
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import load_data
-from finetune.device import pick_device
+from finetune.device import pick_device, settle
 from finetune.events import Events
 from finetune.fit import Listener, Progress, Source, Split, Trainer, fit
 from finetune.images import DataSplits, ImageSet
@@ -208,7 +208,7 @@ def _carry_out(
     if data.val is not None:
         plain = Views("none", 1)
         val = Split(_source(job, builder, data.val, plain, "validation"), data.val.labels, 1)
-    suffix = job.cut.suffix.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    suffix = settle(job.cut.suffix, job.device)
     trainer = Trainer(
         suffix,
         job.prepared.fresh,

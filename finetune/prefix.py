@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from finetune.augment import Preprocessing
 from finetune.cut import Cut
+from finetune.device import settle
 from finetune.features import Prefix, RowShape
 from finetune.fold import fold_batch_norms
 from finetune.layers import tensor_sha256
@@ -121,8 +122,8 @@ class _Twins:
 
     def module(self, precision: str) -> nn.Module:
         if precision not in self._plain:
-            twin = copy.deepcopy(self.folded).to(self.device, DTYPES[precision])
-            self._plain[precision] = twin.to(memory_format=torch.channels_last).eval()
+            twin = copy.deepcopy(self.folded).to(dtype=DTYPES[precision])
+            self._plain[precision] = settle(twin, self.device).eval()
         return self._plain[precision]
 
     def runnable(self, precision: str, compiled: bool) -> Any:
