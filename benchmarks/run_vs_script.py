@@ -273,7 +273,7 @@ def read_options() -> argparse.Namespace:
     add("--image-size", type=int, default=224, help="default: 224")
     add("--batch-size", type=int, default=64, help="default: 64")
     add("--rounds", type=int, default=3, help="how often each candidate runs (default: 3)")
-    add("--windows", choices=("auto", "on", "off"), default="auto", help="as for finetune run (default: auto)")
+    add("--windows", choices=("on", "off"), default="off", help="as for finetune run (default: off)")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="as for finetune run (default: auto)")
     add("--frozen-eval", action="store_true", help="the script keeps its frozen layers in eval mode")
     add("--output", type=Path, nargs="?", const=RESULTS, help="write a dated result (default: benchmarks/results)")

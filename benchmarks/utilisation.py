@@ -113,8 +113,8 @@ def trained_parts(name: str, job: Job, views: Source, plain: Source, inputs: tup
     """
     import torch
 
-    from finetune.fit import Split, Trainer, evaluation_batch, predict
     from finetune.device import settle
+    from finetune.fit import Split, Trainer, evaluation_batch, predict
     from finetune.precision import compile_module
 
     data, training = job.data.train, job.computing.training
@@ -276,8 +276,8 @@ def read_options() -> argparse.Namespace:
     add("--images", type=int, default=1024, help="images in each timing (default: 1024)")
     add("--image-size", type=int, default=224, help="default: 224")
     add("--batch-size", type=int, default=64, help="of training (default: 64)")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="as for finetune run (default: auto)")
-    add("--windows", choices=("auto", "on", "off"), default="auto", help="as for finetune run (default: auto)")
+    add("--compile", choices=("on", "off"), default="off", help="as for finetune run (default: off)")
+    add("--windows", choices=("on", "off"), default="off", help="as for finetune run (default: off)")
     add("--matrix", type=int, default=4096, help="side of the matrices (default: 4096)")
     add("--rounds", type=int, default=3, help="how often each part is timed (default: 3)")
     add("--output", type=Path, nargs="?", const=RESULTS, help="write a dated result (default: benchmarks/results)")

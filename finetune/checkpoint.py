@@ -15,6 +15,8 @@ from finetune.models import Prepared
 from finetune.recipe import PLACES, Recipe, flag, to_table
 from weights.errors import RunError
 
+FORMAT = 2  # counts up whenever a checkpoint of before would go on to another result
+
 
 def pack(
     progress: Progress,
@@ -33,6 +35,7 @@ def pack(
         "weights": prepared.sha256,
         "choices": computing.choices(),
         "recipe": to_table(trainer.recipe),
+        "format": FORMAT,
     }
 
 
@@ -51,6 +54,11 @@ def require_same(path: Path, state: dict[str, Any], recipe: Recipe, data: DataSp
     Raises:
         RunError: they differ; the message lists how.
     """
+    if state.get("format") != FORMAT:
+        raise RunError(
+            f"{path} was begun by another version of finetune, which ordered and trained its images in another way; "
+            f"start a new run with --config {path / 'recipe.toml'}."
+        )
     before, now = state["recipe"], to_table(recipe)
     changed = [
         f"{flag(name)} {now[name]} (was {before.get(name, 'not known')})"

@@ -111,10 +111,9 @@ def decide(
         prefix = prepare_prefix(
             cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
         )
-    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, pick)
-    shapes = [row.shape for row in prefix.prefix.rows] if prefix else []
-    windows = choose_windows(recipe.windows, recipe.epochs or 1, shapes, cut.suffix)
-    placement, missing = _place(recipe, data, views, prefix)
+    windows = choose_windows(recipe, [row.shape for row in prefix.prefix.rows] if prefix else [], cut.suffix)
+    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick)
+    placement, missing = _place(recipe, data, views, prefix, memory.left(batch))
     memory.require_beside(placement, batch)
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
@@ -124,8 +123,8 @@ def decide(
 
 def _picker(
     recipe: Recipe, prepared: Prepared, device: torch.device, events: Events, choices: dict[str, Any] | None
-) -> Callable[[str, Any, int, int], Choice]:
-    """Return pick(part, build, images per step, images of work): the choice resumed, remembered or measured now."""
+) -> Callable[..., Choice]:
+    """Return pick(part, build, images per step, images of work, sizes): resumed, remembered or measured now."""
     about = {
         "device": device_name(device),
         "arch": prepared.arch.full_name,
@@ -137,7 +136,7 @@ def _picker(
         "compiler": bool(find_compiler()),
     }
 
-    def pick(part: str, build: Any, step_images: int, work: int) -> Choice:
+    def pick(part: str, build: Any, step_images: int, work: int, sizes: int = 1) -> Choice:
         if choices is not None and choices.get(part):
             return replace(Choice(**choices[part]), compile_seconds=0.0)
 
@@ -147,6 +146,7 @@ def _picker(
                 build,
                 images_per_step=step_images,
                 work=work,
+                compilations=sizes,
                 precision=recipe.precision,
                 compile_mode=recipe.compile,
                 compiler=find_compiler(),
@@ -154,7 +154,7 @@ def _picker(
             )
 
         # The amount of work decides whether compiling is tried, to a factor of two.
-        situation = {**about, "part": part, "step": step_images, "work": work.bit_length()}
+        situation = {**about, "part": part, "step": step_images, "work": work.bit_length(), "sizes": sizes}
         return remembered(cache_folder(recipe), situation, measure)
 
     return pick
@@ -188,8 +188,14 @@ def _step_memory(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.dev
     with torch.no_grad():
         values = cut.prefix(image) if cut.prefix is not None else (image,)
     suffix = settle(cut.suffix, device)
-    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
-    return step_memory(suffix, [tuple(value.shape[1:]) for value in values], dtype, device, recipe)
+    shapes = [tuple(value.shape[1:]) for value in values]
+    if recipe.precision != "fp32":
+        try:
+            return step_memory(suffix, shapes, torch.bfloat16, device, recipe)
+        except (RuntimeError, NotImplementedError):
+            if recipe.precision == "bf16":
+                raise  # auto takes fp32 where an operation has no bf16
+    return step_memory(suffix, shapes, torch.float32, device, recipe)
 
 
 def _choose_training(
@@ -199,9 +205,10 @@ def _choose_training(
     cut: Cut,
     prefix: PreparedPrefix | None,
     device: torch.device,
-    pick: Callable[[str, Any, int, int], Choice],
+    windows: Windows | None,
+    pick: Callable[..., Choice],
 ) -> Choice:
-    """Time training steps of what trains; its weights are put back afterwards."""
+    """Time training steps of what trains, on whole maps; its weights are put back afterwards."""
     batch = min(recipe.batch_size or 1, len(train))
     rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
     suffix = settle(cut.suffix, device)
@@ -226,7 +233,9 @@ def _choose_training(
         return step
 
     state = torch.get_rng_state()
-    choice = pick("training", build, batch, (recipe.epochs or 1) * len(train))
+    work = (recipe.epochs or 1) * len(train)
+    sizes = len(set(windows.sides)) if windows else 1  # each is compiled by itself
+    choice = pick("training", build, batch, round(work * (windows.cost if windows else 1.0)), sizes)
     torch.set_rng_state(state)
     suffix.load_state_dict(before)
     suffix.zero_grad(set_to_none=True)
@@ -235,9 +244,12 @@ def _choose_training(
 
 
 def _place(
-    recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None
+    recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None, left: int | None
 ) -> tuple[Placement, tuple[int, int]]:
-    """Return where features go, and how many rows are to be computed: of train and validation, and of the test."""
+    """Return where features go, and how many rows are to be computed: of train and validation, and of the test.
+
+    Without a --memory-budget, features in memory take no more than training leaves (`left` bytes; None is no limit).
+    """
     if prefix is None:
         return Placement("uncut", False, 0, ""), (0, 0)
     plain = Views("none", 1)
@@ -261,7 +273,7 @@ def _place(
         mode=recipe.cache,
         cache_dir=cache_folder(recipe),
         limit=parse_bytes(recipe.cache_limit, "--cache-limit"),
-        memory=memory_budget(recipe),
+        memory=memory_budget(recipe) if recipe.memory_budget or left is None else min(memory_budget(recipe), left),
         held=held,
         fresh_each_epoch=fresh,
     )

@@ -229,8 +229,11 @@ def _reason(path: Path, error: BaseException) -> str:
 
 
 def _room(count: int, side: int) -> NDArray[np.uint8]:
-    """Allocate uint8 (count, 3, side, side), or say that there is no room for it."""
-    needed, free = count * 3 * side * side, psutil.virtual_memory().available
+    """Allocate uint8 (count, 3, side, side), or say that there is no room for it.
+
+    Twice, because dividing a set into splits copies its images once.
+    """
+    needed, free = 2 * count * 3 * side * side, psutil.virtual_memory().available
     if needed > HEADROOM * free:
         raise DataError(
             f"{count:,} images of {side} x {side} pixels need {needed / 2**30:.1f} GiB of memory and "

@@ -137,7 +137,8 @@ def compute_view(
 ) -> list[torch.Tensor]:
     """Compute one view of a split, writing it to the cache and keeping it in RAM as asked.
 
-    The disk works beside the processor: chunks are read ahead, and written while the next one is computed.
+    Chunks are read ahead. They are not written behind: on two cores that gained 2 % (docs/log.md), and a kill would
+    cost the chunk being written and the one being computed.
 
     Args:
         prefix: what computes.
@@ -160,7 +161,6 @@ def compute_view(
     chunk_rows = entry.chunk_rows if entry else prefix.batch * 8
     starts = range(0, count, chunk_rows)
     reading: deque[Future[list[torch.Tensor] | None]] = deque()
-    writing: Future[None] | None = None
     with ThreadPoolExecutor(READ_AHEAD) as disk:
         for number, start in enumerate(starts):
             stop = min(start + chunk_rows, count)
@@ -169,14 +169,11 @@ def compute_view(
             values = reading.popleft().result() if entry else None
             if values is None:
                 values = _compute_rows(prefix, data, views, view, start, stop)
-                if writing:
-                    writing.result()  # one at a time, and its fault is ours
-                writing = disk.submit(entry.write_chunk, number, values) if entry else None
+                if entry:
+                    entry.write_chunk(number, values)
             for target, value in zip(in_ram, values, strict=False):
                 target[start:stop] = value
             report(stop - start)
-        if writing:
-            writing.result()
     if entry:
         entry.finish()
     return in_ram or entry.mapped() if entry else in_ram

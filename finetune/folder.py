@@ -1,6 +1,6 @@
 """Folders of images: found, decoded in parallel, and brought to one square size.
 
-    root/train/<class>/**/*.jpg, root/val|valid|validation/<class>/..., root/test/<class>/...
+    root/train/<class>/**/*.jpg, root/val/<class>/..., root/test/<class>/...    (or Training, valid, eval and the like)
     root/<class>/**/*.jpg                                       one pile: a test split is held out of it later
 
 Classes are the folders of train, sorted by name. Hidden files and folders are passed over; images outside any class
@@ -46,7 +46,13 @@ IMAGE_SUFFIXES = frozenset(
         ".avif",
     }
 )
-VAL_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval"),
+    "test": ("test", "testing"),
+}
+"""What people call the folder of a split, in any case."""
+
 SKIPPED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 
@@ -65,8 +71,7 @@ def has_splits(root: Path) -> bool:
 
     A `train` that holds images itself is a class of that name (of vehicles, say), not a split.
     """
-    train = root / "train"
-    return train.is_dir() and any(True for _ in _subfolders(train))
+    return any(any(True for _ in _subfolders(place)) for place in _places_of(root, "train"))
 
 
 def has_classes(root: Path) -> bool:
@@ -78,7 +83,7 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
     """Read an image folder, decoded to uint8.
 
     Args:
-        root: holds train/ (and val|valid|validation/ and test/), or one folder for each class.
+        root: holds train/ (and val/ and test/, by any of `SPLIT_NAMES`), or one folder for each class.
         image_size: side of the decoded squares; smaller when all images share a smaller shorter side.
         progress: called as progress("decode", done, total).
 
@@ -91,9 +96,9 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
         OSError: a folder that cannot be listed.
     """
     if has_splits(root):
-        places = {"train": root / "train", **_other_splits(root)}
+        places = _splits(root)
     else:
-        lost = [name for name in (*VAL_NAMES, "test") if has_classes(root / name)]
+        lost = [place.name for split in ("val", "test") for place in _places_of(root, split) if has_classes(place)]
         if lost:
             raise DataError(f"{root} holds {' and '.join(lost)} with class folders but no train folder to learn from.")
         places = {"train": root}
@@ -114,13 +119,26 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
     return RawData(name, sets["train"], sets.get("val"), sets.get("test"), notes, hold_out_test=pile)
 
 
-def _other_splits(root: Path) -> dict[str, Path]:
-    vals = [root / name for name in VAL_NAMES if (root / name).is_dir()]
-    if len(vals) > 1:
-        raise DataError(f"{root} holds {' and '.join(place.name for place in vals)}; expected one validation folder.")
-    places = {"val": vals[0]} if vals else {}
-    if (root / "test").is_dir():
-        places["test"] = root / "test"
+def _places_of(root: Path, split: str) -> list[Path]:
+    """List the folders in `root` that are called like a split."""
+    return sorted(folder for folder in _subfolders(root) if folder.name.lower() in SPLIT_NAMES[split])
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """Return the folder of each split that is there.
+
+    Raises:
+        DataError: two folders for one split.
+    """
+    places = {}
+    for split in SPLIT_NAMES:
+        found = _places_of(root, split)
+        if len(found) > 1:
+            names = " and ".join(place.name for place in found)
+            kind = {"train": "training", "val": "validation", "test": "test"}[split]
+            raise DataError(f"{root} holds {names}; expected one {kind} folder.")
+        if found:
+            places[split] = found[0]
     return places
 
 
@@ -129,7 +147,7 @@ def _class_names(train: Path) -> tuple[str, ...]:
     twice = [name for name, following in pairwise(classes) if name == following]
     if twice:
         raise DataError(f"{train} holds two folders for the class {twice[0]}, spelt with different bytes; merge them.")
-    if set(classes) <= {"train", "test", *VAL_NAMES} and len(classes) > 1:
+    if len(classes) > 1 and all(any(name.lower() in names for names in SPLIT_NAMES.values()) for name in classes):
         raise DataError(
             f"{train} holds {' and '.join(classes)} with images but no class folders in them; expected a folder for "
             "each class inside, since folders name the classes."

@@ -1,9 +1,10 @@
 """Whether a training step fits in memory, known before the first one is taken.
 
 What a step holds at its fullest is dominated by the activations that the backward pass wants back. PyTorch tells which
-these are while a forward pass of two images runs; they grow with the batch. The sum is a lower bound: gradients of
-activations and scratch memory of single operations come on top. So a run that is refused here could have worked by
-swapping at best, and one that passes may still be too large by a little.
+these are while a forward pass runs: what four images hold more than two is what two images hold, and the rest does not
+grow with the batch. The sum is a lower bound: gradients of activations and scratch memory of single operations come on
+top. So a run that is refused here could have worked by swapping at best, and one that passes may still be too large by
+a little.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from finetune.plan import Placement, size
 from finetune.recipe import Recipe
 from weights.errors import UsageError
 
-PROBE = 2  # images: one image would make shapes of one, which operations may treat in their own way
+PROBES = (2, 4)  # images; not one, because operations may treat shapes of one in their own way
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that the optimiser keeps for each trained one
 
 
@@ -32,11 +33,17 @@ class StepMemory:
         image: bytes for each image of a batch.
         fixed: bytes whatever the batch.
         free: bytes that can be had on the device that trains.
+        shared: whether features lie in the same memory; they do not when a GPU with memory of its own trains.
     """
 
     image: int
     fixed: int
     free: int
+    shared: bool
+
+    def left(self, batch: int) -> int | None:
+        """Bytes that training leaves for features in memory; None where it does not take from them."""
+        return max(0, self.free - self.needed(batch)) if self.shared else None
 
     def needed(self, batch: int) -> int:
         """Bytes for a batch of this many images."""
@@ -53,7 +60,7 @@ class StepMemory:
         fits = (self.free - self.fixed) // max(1, self.image)
         advice = (
             f"give --batch-size {fits} or less, or a smaller --image-size"
-            if fits >= PROBE
+            if fits >= PROBES[0]
             else "give a smaller --image-size, or train fewer layers"
         )
         raise UsageError(
@@ -67,8 +74,8 @@ class StepMemory:
         Raises:
             UsageError: with the memory budget that does.
         """
-        left = self.free - self.needed(batch)
-        if placement.where != "ram" or placement.bytes <= left:
+        left = self.left(batch)
+        if left is None or placement.where != "ram" or placement.bytes <= left:
             return
         budget = f"{left // 10**6}MB" if left >= 10**6 else f"{left // 1000}kB"
         raise UsageError(
@@ -90,25 +97,43 @@ def step_memory(
         device: where it trains.
         recipe: optimizer, momentum and ema are read.
     """
-    weights = {tuple(parameter.shape) for parameter in suffix.parameters()}
+    few, more = (_held(suffix, shapes, dtype, device, images) for images in PROBES)
+    image = max(0, more - few) // (PROBES[1] - PROBES[0])
+    trained = sum(value.nbytes for value in suffix.parameters() if value.requires_grad)
+    states = 0 if recipe.optimizer == "sgd" and not recipe.momentum else STATES[recipe.optimizer]
+    fixed = max(0, few - PROBES[0] * image) + trained * (1 + states)  # 1: the gradients
+    if recipe.ema:
+        fixed += sum(value.nbytes for value in suffix.parameters())
+    return StepMemory(image, fixed, _free(device), shared=device.type != "cuda")
+
+
+def _held(
+    suffix: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, images: int
+) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, the module's own tensors left out."""
+    own = {value.untyped_storage().data_ptr() for value in [*suffix.parameters(), *suffix.buffers()]}
     held: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tuple(tensor.shape) not in weights:  # weights, and their copies in bf16, do not grow with the batch
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = tuple(torch.zeros(PROBE, *shape, device=device) for shape in shapes)
+    inputs = tuple(torch.zeros(images, *shape, device=device) for shape in shapes)
     mode = suffix.training
     suffix.eval()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, dtype):
-        suffix(*cast(inputs, dtype))
-    suffix.train(mode)
-    trained = sum(value.nbytes for value in suffix.parameters() if value.requires_grad)
-    states = 0 if recipe.optimizer == "sgd" and not recipe.momentum else STATES[recipe.optimizer]
-    fixed = trained * (1 + states)  # 1: the gradients
-    if recipe.ema:
-        fixed += sum(value.nbytes for value in suffix.parameters())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return StepMemory(sum(held.values()) // PROBE, fixed, free)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, dtype):
+            kept = suffix(*cast(inputs, dtype))  # held until the sum is taken, or its memory would be used again
+        return sum(held.values()) if kept is not None else 0
+    finally:
+        suffix.train(mode)
+
+
+def _free(device: torch.device) -> int:
+    """Return the bytes that can be had on a device; what PyTorch keeps for itself and does not use counts."""
+    if device.type != "cuda":
+        return free_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -73,6 +73,7 @@ def choose(
     compile_mode: str,
     compiler: str | None,
     device: torch.device,
+    compilations: int = 1,
 ) -> Choice:
     """Time the candidates and return the fastest.
 
@@ -84,6 +85,7 @@ def choose(
         compile_mode: auto, on or off.
         compiler: path of the C++ compiler, or None where there is none.
         device: where the steps run.
+        compilations: sizes of input that will be met; each is compiled by itself.
 
     Returns:
         The choice, its reason naming the rates of what was tried. A choice that was asked for is timed all the same,
@@ -106,7 +108,7 @@ def choose(
     if device.type == "cpu" and compiler is None:
         return replace(eager, reason=f"{told}; not compiled: no C++ compiler found (install g++ or clang++)")
     seconds = work / eager.rate
-    if compile_mode == "auto" and seconds * COMPILE_GAIN < COMPILE_SECONDS:
+    if compile_mode == "auto" and seconds * COMPILE_GAIN < COMPILE_SECONDS * compilations:
         return replace(eager, reason=f"{told}; {seconds:.0f} s of work would not repay compiling")
     return _try_compiled(build, eager, images_per_step, compile_mode == "on", device)
 
@@ -133,7 +135,7 @@ def _try_compiled(build: Candidate, eager: Choice, images: int, forced: bool, de
 def compile_module(module: nn.Module) -> Callable[..., Any]:
     """Return a compiled twin of a module that shares its weights; compiling happens at the first call.
 
-    Batches come in at most two sizes, so shapes are compiled as constants.
+    Batches come in at most two sizes, and feature maps in at most three, so shapes are compiled as constants.
     """
     # Without a GPU the compiler warns that it found none, which is no news to anybody.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -156,7 +156,11 @@ class FeatureBuilder:
                 return entry.lock.acquire(timeout=0)
             except Timeout:
                 self.events.note("Another run is computing these features; waiting for it to finish.")
-                return entry.lock.acquire()
+            while True:
+                try:
+                    return entry.lock.acquire(timeout=1)
+                except Timeout:
+                    self.stop()
         except OSError as error:
             raise cannot_write(entry.folder.parent, error) from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +28,29 @@ TEST_SALT = "test"
 
 Digests = list[bytes]
 Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Pile:
+    """Images that are still to be divided: places in a set, so that pixels are copied once, at the end.
+
+    Attributes:
+        images: the set.
+        places: int64 (M,), which of its images.
+        digests: M digests, in the order of `places`.
+    """
+
+    images: ImageSet
+    places: NDArray[np.int64]
+    digests: Digests
+
+    def part(self, chosen: NDArray[np.int64]) -> Pile:
+        """Return the images at `chosen` among these."""
+        return Pile(self.images, self.places[chosen], [self.digests[place] for place in chosen])
+
+    def take(self) -> ImageSet:
+        """Return the images themselves."""
+        return take(self.images, self.places)
 
 
 def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = None, seed: int = 0) -> DataSplits:
@@ -52,8 +76,8 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
     """
     check_settings(val_fraction=val_fraction, limit=limit)
     notes = list(raw.notes)
-    train, digests = raw.train, image_digests(raw.train)
-    found = {"train": digests}
+    train = Pile(raw.train, np.arange(len(raw.train)), image_digests(raw.train))
+    found = {"train": train.digests}
     test, test_digests = raw.test, None if raw.test is None else image_digests(raw.test)
     if test_digests is not None:
         found["test"] = test_digests
@@ -62,7 +86,8 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
     sha256 = identity(found)
 
     if raw.hold_out_test:
-        train, digests, test, test_digests = _hold_out(train, digests, TEST_FRACTION, salt=TEST_SALT)
+        train, held = _hold_out(train, TEST_FRACTION, salt=TEST_SALT)
+        test, test_digests = (held.take(), held.digests) if held else (None, None)
         notes.append(f"The data bring no test split: {_count(test)} were held out, the same for every seed.")
     elif test is None:
         notes.append("The data bring no test split: there is no test accuracy.")
@@ -71,24 +96,15 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
     if val is not None and val_fraction == 0:
         notes.append(f"The data bring a validation split of {_count(val)}: it is used as it is.")
     elif val is None and val_fraction > 0:
-        train, digests, val, _ = _hold_out(train, digests, val_fraction, salt=f"val:{seed}")
+        train, held = _hold_out(train, val_fraction, salt=f"val:{seed}")
+        val = held.take() if held else None
         if val is None:
             notes.append("There is no validation split: no class can spare an image for it.")
     notes += _absent(val, "validation") + _absent(test, "test")
 
-    kept = np.ones(len(train), dtype=np.bool_)
-    if limit is not None and limit < len(train):
-        kept = choose(train, digests, limit, salt=f"limit:{seed}", cover=True)
-    train = take(train, sorted(np.flatnonzero(kept), key=digests.__getitem__))
-    if limit is not None and limit < len(kept):
-        missing = len(train.classes) - len(torch.unique(train.labels))
-        if missing:
-            notes.append(f"--limit {limit} leaves {missing} of {len(train.classes)} classes without a training image.")
-    elif limit is not None and limit > len(kept):
-        notes.append(f"--limit {limit} is more than there is: all {_count(train)} are used for training.")
-
+    learned = _learned(train, limit, seed, notes)
     test_sha256 = None if test_digests is None else identity({"test": test_digests})
-    return DataSplits(raw.name, train, val, test, sha256, test_sha256, tuple(notes))
+    return DataSplits(raw.name, learned, val, test, sha256, test_sha256, tuple(notes))
 
 
 def check_settings(*, val_fraction: float, limit: int | None) -> None:
@@ -131,7 +147,7 @@ def identity(splits: Mapping[str, Digests]) -> str:
 
 
 def choose(
-    images: ImageSet, digests: Digests, count: int, *, salt: str, leave_one: bool = False, cover: bool = False
+    labels: torch.Tensor, digests: Digests, count: int, *, salt: str, leave_one: bool = False, cover: bool = False
 ) -> Mask:
     """Choose `count` images, each class in proportion to its size, by a salted hash of their digests.
 
@@ -139,7 +155,7 @@ def choose(
     with the lowest standing are taken. So a larger count takes the same images and more.
 
     Args:
-        images: the set to choose from.
+        labels: int64 (N,), of the images to choose from.
         digests: of the same images, in the same order.
         count: how many to take.
         salt: text hashed with every digest: another salt is another choice.
@@ -157,17 +173,17 @@ def choose(
         hashes.append(image.digest()[:8])
     keys = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
 
-    labels = images.labels.numpy()
-    by_class = np.lexsort((keys, labels))  # (N,): class after class, each in the order of its hashes
-    label = labels[by_class]
-    sizes = np.bincount(labels, minlength=len(images.classes))  # (K,)
-    rank = np.arange(len(labels)) - (np.cumsum(sizes) - sizes)[label]
+    classes = labels.numpy()
+    by_class = np.lexsort((keys, classes))  # (N,): class after class, each in the order of its hashes
+    label = classes[by_class]
+    sizes = np.bincount(classes)  # (K,)
+    rank = np.arange(len(classes)) - (np.cumsum(sizes) - sizes)[label]
     standing = (rank + 0.5) / sizes[label]
     later = (rank > 0) & cover
     order = np.lexsort((label, standing, later))
     if leave_one:
         order = order[(rank < sizes[label] - 1)[order]]
-    mask = np.zeros(len(labels), dtype=np.bool_)
+    mask = np.zeros(len(classes), dtype=np.bool_)
     mask[by_class[order[:count]]] = True
     return mask
 
@@ -178,17 +194,30 @@ def take(images: ImageSet, places: Sequence[int] | NDArray[np.int64]) -> ImageSe
     return ImageSet(images.images[index], images.labels[index], images.classes)
 
 
-def _hold_out(
-    images: ImageSet, digests: Digests, fraction: float, *, salt: str
-) -> tuple[ImageSet, Digests, ImageSet | None, Digests | None]:
-    """Split off a share (at least one image, if any class can spare one): the rest and the share, each with digests."""
-    count = max(1, round(fraction * len(images)))
-    mask = choose(images, digests, count, salt=salt, leave_one=True)
+def _hold_out(pile: Pile, fraction: float, *, salt: str) -> tuple[Pile, Pile | None]:
+    """Split off a share (at least one image, if any class can spare one): the rest, and the share."""
+    count = max(1, round(fraction * len(pile.digests)))
+    mask = choose(pile.images.labels[pile.places], pile.digests, count, salt=salt, leave_one=True)
     if not mask.any():
-        return images, digests, None, None
-    kept = [digest for digest, out in zip(digests, mask, strict=True) if not out]
-    held = [digest for digest, out in zip(digests, mask, strict=True) if out]
-    return take(images, np.flatnonzero(~mask)), kept, take(images, np.flatnonzero(mask)), held
+        return pile, None
+    return pile.part(np.flatnonzero(~mask)), pile.part(np.flatnonzero(mask))
+
+
+def _learned(train: Pile, limit: int | None, seed: int, notes: list[str]) -> ImageSet:
+    """Return the training images, limited and in the order of their digests; what is notable goes into `notes`."""
+    there = len(train.digests)
+    if limit is not None and limit < there:
+        labels = train.images.labels[train.places]
+        train = train.part(np.flatnonzero(choose(labels, train.digests, limit, salt=f"limit:{seed}", cover=True)))
+    order = sorted(range(len(train.digests)), key=train.digests.__getitem__)
+    learned = train.part(np.array(order, np.int64)).take()
+    missing = len(learned.classes) - len(torch.unique(learned.labels))
+    if limit is not None and limit < there and missing:
+        of = len(learned.classes)
+        notes.append(f"--limit {limit} leaves {missing} of {of} classes without a training image.")
+    elif limit is not None and limit > there:
+        notes.append(f"--limit {limit} is more than there is: all {_count(learned)} are used for training.")
+    return learned
 
 
 def _absent(images: ImageSet | None, split: str) -> list[str]:

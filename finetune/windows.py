@@ -14,11 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
+from timm.models.vgg import ConvMlp
 from torch import nn
 
+from finetune.recipe import Recipe
 from weights.errors import UsageError
 
 SMALLEST_SIDE = 10  # a map of 7 x 7 has no window between almost all of it and half of it
+# Layers and parameters whose weights belong to places of the map; some of them scale themselves to maps of any size.
+PLACED = (ConvMlp, AttentionPool2d, RotAttentionPool2d)
+PLACED_NAMES = ("pos_embed", "rel_pos", "relative_position")
 # (share of the epochs, share of the side left out): small windows first, whole maps last, on which batch norms end as
 # evaluation will find them. For maps of 14: 10, 12, 14 (docs/decisions/0006, docs/log.md).
 STAGES = ((0.5, 2 / 7), (0.75, 1 / 7), (1.0, 0.0))
@@ -46,8 +52,9 @@ class Windows:
         span = self.side - self.sides[epoch] + 1
         if span == 1:
             return None
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(span, (len(self.sides), images, 2), generator=generator)[epoch]
+        # A stream of its own: the views of --augment crop are drawn from the seed as it is.
+        generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + epoch)
+        return torch.randint(span, (images, 2), generator=generator)
 
     def cut(self, inputs: Sequence[torch.Tensor], epoch: int, corners: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the window of each image's maps.
@@ -68,36 +75,36 @@ class Windows:
         return tuple(value.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2) for value in inputs)
 
 
-def choose_windows(mode: str, epochs: int, shapes: Sequence[tuple[int, ...]], suffix: nn.Module) -> Windows | None:
+def choose_windows(recipe: Recipe, shapes: Sequence[tuple[int, ...]], suffix: nn.Module) -> Windows | None:
     """Return the windows that a run trains on, or None where it trains on whole maps.
 
     Args:
-        mode: auto, on or off.
-        epochs: of the run.
+        recipe: windows, epochs and patience are read.
         shapes: of one image's crossing tensors, such as (C, S, S); none where the model trains uncut.
         suffix: what trains.
 
     Raises:
         UsageError: windows were asked for and cannot be had.
     """
-    if mode == "off":
+    if recipe.windows == "off":
         return None
+    if recipe.patience:
+        raise UsageError(
+            f"--windows on and --patience {recipe.patience} do not go together, because a run that ends early would "
+            "never train on whole maps; leave one of them out."
+        )
     side = shapes[0][-1] if shapes else 0
     squares = bool(shapes) and all(len(shape) == 3 and shape[1:] == (side, side) for shape in shapes)
     if not squares or side < SMALLEST_SIDE:
         crosses = ", ".join("x".join(map(str, shape)) for shape in shapes) or "nothing, since the model is not cut"
-        if mode == "on":
-            raise UsageError(
-                f"--windows on needs square feature maps of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} before the "
-                f"layers that train, and what reaches them is {crosses}; use --windows off or other --train-layers."
-            )
-        return None
-    windows = Windows(side, window_sides(side, epochs))
-    if all(_takes(suffix, shapes, each) for each in sorted(set(windows.sides))):
-        return windows
-    if mode == "on":
+        raise UsageError(
+            f"--windows on needs square feature maps of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} before the layers "
+            f"that train, and what reaches them is {crosses}; use --windows off or other --train-layers."
+        )
+    windows = Windows(side, window_sides(side, recipe.epochs or 1))
+    if not all(_takes(suffix, shapes, each) for each in sorted(set(windows.sides))):
         raise UsageError("--windows on needs layers that take maps of any size, and these do not; use --windows off.")
-    return None
+    return windows
 
 
 def window_sides(side: int, epochs: int) -> tuple[int, ...]:
@@ -110,7 +117,12 @@ def window_sides(side: int, epochs: int) -> tuple[int, ...]:
 
 
 def _takes(suffix: nn.Module, shapes: Sequence[tuple[int, ...]], side: int) -> bool:
-    """Whether a module gives finite class scores for maps of another side."""
+    """Whether a module gives class scores for maps of another side, and none of its weights belongs to one place."""
+    names = [name for name, _ in suffix.named_parameters()]
+    if any(isinstance(module, PLACED) for module in suffix.modules()) or any(
+        word in name for name in names for word in PLACED_NAMES
+    ):
+        return False
     device = next(suffix.parameters()).device
     training = suffix.training
     suffix.eval()

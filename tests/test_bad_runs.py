@@ -18,7 +18,7 @@ from finetune import memory, outcome
 from finetune.events import Events
 from finetune.pipeline import resume, run
 from finetune.recipe import Recipe, check
-from finetune.rundir import RunDirectory, create_run_directory
+from finetune.rundir import RunDirectory, create_run_directory, open_run_directory
 from weights.errors import FinetuneError, RunError, StoppedError, UsageError
 
 
@@ -168,7 +168,7 @@ def test_resume_with_other_settings_lists_them(recipe: Recipe, whole: Path, tmp_
         run(recipe, folder, events=Events(epoch=lambda *row: reached.append(row)), stop=lambda: bool(reached))
     path = folder / "recipe.toml"
     text = path.read_text()
-    path.write_text(text.replace("lr = 0.01\n", "lr = 0.5\n").replace("epochs = 3\n", "epochs = 5\n"))
+    path.write_text(text.replace('\nlr = "auto"\n', "\nlr = 0.5\n").replace("epochs = 3\n", "epochs = 5\n"))
     with pytest.raises(RunError) as error:
         resume(folder)
     assert str(error.value) == (
@@ -179,6 +179,19 @@ def test_resume_with_other_settings_lists_them(recipe: Recipe, whole: Path, tmp_
     path.write_text(text.replace(f'"{recipe.cache_dir}"', f'"{elsewhere}"'))
     same_after_resume(folder, whole)
     assert elsewhere.exists()
+
+
+def test_resume_of_a_run_that_another_version_began(recipe: Recipe, tmp_path: Path) -> None:
+    folder, reached = tmp_path / "run", list[object]()
+    with pytest.raises(StoppedError):
+        run(recipe, folder, events=Events(epoch=lambda *row: reached.append(row)), stop=lambda: bool(reached))
+    directory, _ = open_run_directory(folder)
+    with directory:
+        state = directory.read_checkpoint()
+        assert state is not None
+        directory.write_checkpoint({name: value for name, value in state.items() if name != "format"})
+    with pytest.raises(RunError, match=r"was begun by another version of finetune, .* start a new run with --config"):
+        resume(folder)
 
 
 @pytest.mark.parametrize("settings", [{"lr": 1e39}, {"lr": 1e36, "head_lr_scale": 1e3}, {"weight_decay": 1e40}])

@@ -336,3 +336,19 @@ def test_two_runs_share_an_entry_and_the_second_waits(tmp_path: Path) -> None:
     assert same(values(made, data), expected(data))
     assert counted.images == 0
     assert notes == ["Another run is computing these features; waiting for it to finish."]
+
+
+def test_a_stop_ends_the_wait_for_another_run(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        """What a run raises when it is asked to stop."""
+
+    def stop() -> None:
+        raise Stopped
+
+    data = image_set(18)
+    waiting = builder(tmp_path, Counted(TWO_TENSORS).prepared())
+    waiting.stop = stop
+    entry = waiting.entries(data, NONE)[0][0]
+    entry.folder.parent.mkdir(parents=True)
+    with entry.lock, pytest.raises(Stopped):
+        values(waiting, data)

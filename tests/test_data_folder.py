@@ -234,7 +234,7 @@ def test_an_empty_test_folder(tmp_path: Path) -> None:
 
 def test_splits_without_train(tmp_path: Path) -> None:
     write_image_folder(tmp_path, 8, 4, n_val=4)
-    (tmp_path / "train").rename(tmp_path / "training")
+    (tmp_path / "train").rename(tmp_path / "lessons")
     with pytest.raises(DataError, match="holds val and test with class folders but no train folder to learn from"):
         load_data(str(tmp_path))
 
@@ -310,3 +310,17 @@ def test_images_that_do_not_fit_in_memory(tmp_path: Path) -> None:
     save(tmp_path / "train" / "class_00" / "wide.png", size=(50, 40))
     with pytest.raises(DataError, match=r"13 images of 1000000 x 1000000 pixels need .* GiB .* smaller --image-size"):
         load_data(str(tmp_path), image_size=1_000_000)
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Val", "Test"), ("Training", "Validation", "Testing"), ("TRAIN", "eval", "test")]
+)
+def test_splits_are_found_however_they_are_spelt(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    write_image_folder(tmp_path / "photos", n_val=4)
+    for usual, name in zip(("train", "val", "test"), names, strict=True):
+        (tmp_path / "photos" / usual).rename(tmp_path / "photos" / f"{name}-")  # in two steps: some disks know no case
+        (tmp_path / "photos" / f"{name}-").rename(tmp_path / "photos" / name)
+    splits = load_data(str(tmp_path / "photos"))
+    assert splits.val is not None
+    assert splits.test is not None
+    assert (len(splits.classes), len(splits.val)) == (4, 4)

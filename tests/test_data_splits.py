@@ -190,6 +190,6 @@ def test_choose_agrees_with_a_plain_ranking() -> None:
         members.sort(key=lambda index: hashlib.sha256(b"salt\0" + digests[index]).digest())
         standing += [((rank + 0.5) / len(members), label, index) for rank, index in enumerate(members)]
     expected = sorted(index for _, _, index in sorted(standing)[:17])
-    mask = choose(images, digests, 17, salt="salt")
+    mask = choose(images.labels, digests, 17, salt="salt")
     assert np.flatnonzero(mask).tolist() == expected
     assert torch.equal(take(images, np.flatnonzero(mask)).images, images.images[expected])

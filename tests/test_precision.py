@@ -103,6 +103,8 @@ def test_compiling_is_tried_only_where_it_can_pay() -> None:
     assert (long.precision, long.compiled, long.rate) == ("bf16", True, 400.0)
     assert long.reason == "fp32 100 img/s, bf16 200 img/s, compiled 400 img/s after 0 s"
     assert ("fp32", True) not in bench.built  # only the format that won
+    thrice = Bench(BF16_FASTER).choose(compile_mode="auto", work=enough + 1000, compilations=3)
+    assert not thrice.compiled  # what pays for compiling one size of input does not pay for three
 
 
 def test_compiled_is_not_kept_when_it_is_slower() -> None:

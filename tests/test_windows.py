@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from make_run import metrics, model_bytes, tiny_recipe, write_weights
 from torch import nn
 
 from finetune.pipeline import run
+from finetune.recipe import Recipe
 from finetune.windows import SMALLEST_SIDE, Windows, choose_windows, window_sides
 from weights.errors import UsageError
 
@@ -53,6 +55,10 @@ def test_the_cost_is_the_mean_share_of_the_area() -> None:
     assert Windows(14, (7, 14)).cost == pytest.approx((0.25 + 1) / 2)
 
 
+def chosen(mode: str, shapes: list[tuple[int, ...]], suffix: nn.Module, **settings: Any) -> Windows | None:
+    return choose_windows(Recipe(windows=mode, epochs=8, **settings), shapes, suffix)
+
+
 class Fixed(nn.Module):
     """Takes maps of one size only."""
 
@@ -69,31 +75,60 @@ def pooled() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
 
-def test_windows_are_chosen_where_the_trained_layers_take_them() -> None:
-    assert choose_windows("auto", 8, [(4, 14, 14)], pooled()) == Windows(14, window_sides(14, 8))
-    assert choose_windows("off", 8, [(4, 14, 14)], pooled()) is None
-    assert choose_windows("auto", 8, [(4, 14, 14)], Fixed()) is None
-    assert choose_windows("auto", 8, [(4, 7, 7)], pooled()) is None
-    assert choose_windows("auto", 8, [], pooled()) is None
-    assert choose_windows("auto", 8, [(197, 192)], timm.create_model("test_vit").head) is None
-    assert choose_windows("auto", 8, [(4, 14, 14), (4, 28, 28)], pooled()) is None
+def test_windows_are_had_when_asked_for() -> None:
+    assert chosen("on", [(4, 14, 14)], pooled()) == Windows(14, window_sides(14, 8))
+    assert chosen("off", [(4, 14, 14)], pooled()) is None
+    assert Recipe().windows == "off"  # an epoch on windows teaches less
+
+
+class Pooled(nn.Module):
+    """Takes maps of any size, and adds something to each place that it scales to the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 4, 14, 14))
+        self.head = pooled()
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.head(maps + nn.functional.interpolate(self.pos_embed, size=maps.shape[-2:]))
+        return scores
+
+
+@pytest.mark.parametrize("which", ["fixed", "position embedding", "vgg", "vit"])
+def test_layers_that_need_whole_maps(which: str) -> None:
+    if which == "vgg":  # scales small maps up, and gives each place of them its own weights
+        vgg = timm.create_model("vgg11", num_classes=5)
+        suffix, shape = nn.Sequential(vgg.pre_logits, vgg.head), (512, 14, 14)
+    elif which == "vit":
+        with pytest.raises(UsageError, match="what reaches them is 197x192; use"):
+            chosen("on", [(197, 192)], timm.create_model("test_vit").head)
+        return
+    else:
+        suffix, shape = Fixed() if which == "fixed" else Pooled(), (4, 14, 14)
+    with pytest.raises(UsageError, match="needs layers that take maps of any size, and these do not"):
+        chosen("on", [shape], suffix)
+
+
+def test_a_run_that_may_end_early_gets_no_windows() -> None:
+    with pytest.raises(UsageError, match="--windows on and --patience 3 do not go together"):
+        chosen("on", [(4, 14, 14)], pooled(), patience=3)
 
 
 def test_asking_leaves_the_trained_layers_as_they_were() -> None:
     suffix = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     before = {name: value.clone() for name, value in suffix.state_dict().items()}
-    choose_windows("on", 8, [(4, 14, 14)], suffix)
+    chosen("on", [(4, 14, 14)], suffix)
     assert suffix.training
     assert all(torch.equal(value, before[name]) for name, value in suffix.state_dict().items())
 
 
 def test_windows_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(UsageError, match=f"at least {SMALLEST_SIDE} x {SMALLEST_SIDE} .* reaches them is 4x7x7; use"):
-        choose_windows("on", 8, [(4, 7, 7)], pooled())
+        chosen("on", [(4, 7, 7)], pooled())
     with pytest.raises(UsageError, match="reaches them is nothing, since the model is not cut"):
-        choose_windows("on", 8, [], pooled())
-    with pytest.raises(UsageError, match="needs layers that take maps of any size"):
-        choose_windows("on", 8, [(4, 14, 14)], Fixed())
+        chosen("on", [], pooled())
+    with pytest.raises(UsageError, match="reaches them is 4x14x14, 4x28x28"):
+        chosen("on", [(4, 14, 14), (4, 28, 28)], pooled())
 
 
 def test_a_run_on_windows_is_the_same_cached_and_uncached_and_another_than_without(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""What a training step needs at least, and what is refused because of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.memory import StepMemory, step_memory
+from finetune.plan import Placement
+from finetune.recipe import Recipe
+from weights.errors import UsageError
+
+CPU = torch.device("cpu")
+GB = 10**9
+
+
+def of(module: nn.Module, width: int, **settings: str) -> StepMemory:
+    return step_memory(module, [(width,)], torch.float32, CPU, Recipe(**settings))
+
+
+def test_an_image_needs_its_inputs_and_activations() -> None:
+    memory = of(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), 8)
+    assert memory.image == 4 * (8 + 4)  # bytes of what the two layers keep for their gradients
+    assert memory.fixed == 2 * 4 * (8 * 4 + 4)  # gradients and momenta
+
+
+def test_weights_are_not_counted_for_each_image() -> None:
+    # The backward pass of a linear layer keeps its weight transposed: another shape, the same memory.
+    narrow = of(nn.Sequential(nn.Linear(8, 1000), nn.ReLU(), nn.Linear(1000, 3)), 8)
+    assert narrow.image < 3 * 4 * 1000
+    assert narrow.fixed > 4 * 11_000
+
+
+def test_memory_for_the_optimiser() -> None:
+    layer = nn.Linear(8, 4)
+    assert of(layer, 8, optimizer="adam").fixed == 3 * 4 * 36
+
+
+def test_features_beside_training() -> None:
+    ram = Placement("ram", True, 6 * GB, "")
+    tight = StepMemory(10**6, 10**8, 6 * GB, shared=True)
+    assert tight.left(100) == 6 * GB - 10**8 - 10**8
+    with pytest.raises(UsageError, match=r"Features in memory need 6\.0 GB, training at least 200\.0 MB more"):
+        tight.require_beside(ram, 100)
+    of_its_own = StepMemory(10**6, 10**8, 6 * GB, shared=False)  # a GPU: features stay in the computer's memory
+    assert of_its_own.left(100) is None
+    of_its_own.require_beside(ram, 100)
+
+
+def test_a_batch_that_does_not_fit() -> None:
+    memory = StepMemory(10**6, 10**8, 10**9, shared=True)
+    memory.require(900)
+    with pytest.raises(UsageError, match=r"at least 1\.1 GB of memory and 1\.0 GB are free; give --batch-size 900"):
+        memory.require(1000)
