@@ -73,6 +73,9 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
 
     Returns:
         The converted tensors, or the given ones unchanged.
+
+    Raises:
+        WeightsError: one of our own networks' conversions knows the names and finds tensors that have no place.
     """
     wanted = model.state_dict().keys()
     convert = _timm_filter(model)
