@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format docs clean
+.PHONY: demo test test-all kill-test lint format docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/finetune demo
@@ -15,10 +15,15 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
+# `make test` kills a run at four moments; this kills at thirty and takes about two minutes.
+kill-test: $(STAMP)
+	KILLS=30 $(BIN)/python -m pytest tests/test_kills.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -26,6 +31,11 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py
+
+# Takes long, and the machine should have nothing else to do; results are written to benchmarks/results.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run_vs_script.py --output
+	$(BIN)/python benchmarks/utilisation.py --output
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

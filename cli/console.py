@@ -5,8 +5,10 @@ Everything goes to standard error, so that standard output holds results alone (
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -52,6 +54,16 @@ class Screen:
     def note(self, text: str) -> None:
         """Print a sentence."""
         self.console.print(text, markup=False, style="dim" if self.live else None)
+
+    def interrupted(self, text: str) -> None:
+        """Print a sentence from a signal handler.
+
+        It goes past rich and Python's buffers, whose locks the interrupted code may hold. The cursor that a progress
+        bar hides comes back, because a second signal ends the process without another word.
+        """
+        shown = f"\n\x1b[?25h{text}\n" if self.live else f"{text}\n"
+        with suppress(OSError, ValueError):  # standard error is closed
+            os.write(sys.stderr.fileno(), shown.encode())
 
     def plan(self, plan: Plan) -> None:
         """Print the plan."""

@@ -39,7 +39,7 @@ def demo_command(
                 screen.epoch(row, epochs)
 
         events = Events(note=screen.note, progress=screen.progress, plan=screen.plan, epoch=epoch)
-        result = demo(output, seed=seed, events=events, stop=stop_on_signals(screen.note))
+        result = demo(output, seed=seed, events=events, stop=stop_on_signals(screen.interrupted))
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
         return

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from cli import cache, demo, layers, run
 from finetune.allocator import tune_allocator
-from weights.errors import FinetuneError
+from weights.errors import FinetuneError, StoppedError
 
 
 class Commands(TyperGroup):
@@ -28,6 +28,8 @@ class Commands(TyperGroup):
 
             print_error(str(error))
             raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:  # before a run begins, and in commands that leave nothing half-done
+            raise typer.Exit(StoppedError.exit_code) from error
 
 
 app = typer.Typer(

@@ -15,7 +15,7 @@ from weights.errors import UsageError
 
 PANELS = {
     "What to train": ("arch", "train_layers", "weights", "weights_dir", "allow_missing", "image_size"),
-    "Data": ("data", "data_dir", "labels", "augment", "views", "val_fraction", "limit"),
+    "Data": ("data", "data_dir", "labels", "augment", "views", "windows", "val_fraction", "limit"),
     "Training": (
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
         "label_smoothing", "ema", "patience", "seed",

@@ -16,6 +16,8 @@ from cli.options import make_recipe, recipe_options
 from finetune.recipe import Recipe, flag
 from weights.errors import UsageError
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 
 @recipe_options
 def run_command(
@@ -39,7 +41,7 @@ def run_command(
         _only_resume(settings, output, config)
     recipe = make_recipe(settings, config)
     with Screen() as screen:
-        stop = stop_on_signals(screen.note)
+        stop = stop_on_signals(screen.interrupted)
         summary = _carry_out(recipe, output, resume, screen, stop)
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -80,18 +82,24 @@ def _only_resume(settings: dict[str, Any], output: Path | None, config: Path | N
 
 
 def stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
-    """Catch Ctrl-C and SIGTERM; return a function that says whether one came. A second Ctrl-C ends at once."""
+    """Catch Ctrl-C and SIGTERM; return a function that says whether one came.
+
+    The second one ends the process at once, and in the middle of a long operation too: from the first on, both are
+    left to the system. What the process was writing is swept away when the run is resumed.
+
+    Args:
+        note: says a sentence; it is called from the signal handler.
+    """
     asked = False
 
     def catch(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         asked = True
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_DFL)
         note("Stopping at the next step; press Ctrl-C again to end at once.")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, catch)
     return lambda: asked
 

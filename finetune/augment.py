@@ -53,9 +53,12 @@ class Views:
         return mirror(shift(images, draw[:, 0], draw[:, 1]), draw[:, 2] == 1)
 
     def describe(self, view: int) -> str:
-        """Return text that differs whenever the view's pixels could: an ingredient of the feature cache's key."""
+        """Return text that differs whenever the view's pixels could: an ingredient of the feature cache's key.
+
+        `none` and the first view of `flip` are the same pixels, and share a text.
+        """
         if self.draws is None:
-            return f"{self.kind} {view}"
+            return "mirrored" if view else "as it is"
         return f"crop {hashlib.sha256(self.draws[view].numpy().tobytes()).hexdigest()}"
 
 
@@ -126,11 +129,11 @@ class Preprocessing:
         """
         mean = torch.tensor(self.mean, device=images.device)[:, None, None] * 255
         std = torch.tensor(self.std, device=images.device)[:, None, None] * 255
-        pixels = ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+        pixels = (images.float() - mean) / std  # colour planes apart: torch resizes them faster so (docs/log.md)
         height, width = pixels.shape[-2:]
         if (height, width) != (self.size, self.size):
-            shrinks = max(height, width) > self.size
+            # With antialias, torch's bicubic kernel is Pillow's (a = -0.5), which the weights were trained with.
             pixels = functional.interpolate(
-                pixels, size=(self.size, self.size), mode=self.interpolation, antialias=shrinks, align_corners=False
+                pixels, size=(self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False
             )
         return pixels.to(dtype, memory_format=torch.channels_last)

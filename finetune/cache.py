@@ -201,7 +201,7 @@ class Entry:
         if not self._maps:
             for number, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
                 elements = self.rows * torch.Size(shape).numel()
-                flat = torch.from_file(str(self._tensor(number)), shared=False, size=elements, dtype=dtype)
+                flat = torch.from_file(str(self._tensor(number)), shared=True, size=elements, dtype=dtype)
                 self._maps.append(flat.reshape(self.rows, *shape))
         return self._maps
 

@@ -12,6 +12,7 @@ from finetune.compute import Computing
 from finetune.fit import Progress, Trainer
 from finetune.images import DataSplits
 from finetune.models import Prepared
+from finetune.recipe import PLACES, Recipe, flag, to_table
 from weights.errors import RunError
 
 
@@ -31,15 +32,36 @@ def pack(
         "data": data.sha256,
         "weights": prepared.sha256,
         "choices": computing.choices(),
+        "recipe": to_table(trainer.recipe),
     }
 
 
-def require_same(path: Path, state: dict[str, Any], data: DataSplits, prepared: Prepared) -> None:
-    """Refuse to resume on other data or weights than the run began with.
+def require_same(path: Path, state: dict[str, Any], recipe: Recipe, data: DataSplits, prepared: Prepared) -> None:
+    """Refuse to resume with other settings, data or weights than the run began with.
+
+    Where data, weights and caches lie may change: the first two are compared by what they hold.
+
+    Args:
+        path: the run directory, for messages.
+        state: what `pack` returned.
+        recipe: as recipe.toml has it now, with everything automatic filled in.
+        data: as found now.
+        prepared: as found now.
 
     Raises:
-        RunError: they differ.
+        RunError: they differ; the message lists how.
     """
+    before, now = state["recipe"], to_table(recipe)
+    changed = [
+        f"{flag(name)} {now[name]} (was {before.get(name, 'not known')})"
+        for name in now
+        if name not in (*PLACES, "data") and now[name] != before.get(name)
+    ]
+    if changed:
+        raise RunError(
+            f"{path / 'recipe.toml'} has other settings than its run began with: {', '.join(changed)}; put them back, "
+            f"or start a new run with --config {path / 'recipe.toml'}."
+        )
     if state["data"] != data.sha256:
         raise RunError(
             f"{path} was trained on other images (sha256 {state['data'][:12]}…, now {data.sha256[:12]}…); bring the "

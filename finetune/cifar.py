@@ -8,6 +8,8 @@ Legend: N images of 3 channels, 32 x 32 pixels, one byte each: 3072 bytes, all r
 
 from __future__ import annotations
 
+import gzip
+import posixpath
 import re
 import tarfile
 import zlib
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.images import ImageSet, RawData
+from finetune.images import ImageSet, RawData, first_few
 from finetune.unpickle import as_text, describe, load_pickle
 from weights.errors import DataError, UsageError
 
@@ -76,19 +78,11 @@ def cifar_archive(archive: Path) -> CifarFiles:
     """Read the CIFAR files out of a .tar.gz into memory.
 
     Raises:
-        DataError: the archive is damaged, or does not hold exactly one CIFAR layout.
+        DataError: the archive is damaged, holds a path that leaves it, or does not hold exactly one CIFAR layout.
     """
-    folders: dict[PurePosixPath, dict[str, bytes]] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if not member.isfile() or not _KNOWN_FILE.fullmatch(path.name) or member.size > LARGEST_MEMBER:
-                    continue
-                stream = tar.extractfile(member)
-                if stream is not None:
-                    folders.setdefault(path.parent, {})[path.name] = stream.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        folders = _members(archive)
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise DataError(f"{archive} cannot be read as a .tar.gz ({error}); fetch it again.") from error
     found = []
     for contents in folders.values():
@@ -97,7 +91,8 @@ def cifar_archive(archive: Path) -> CifarFiles:
             found.append(CifarFiles(archive, *layout, frozenset(contents), contents.__getitem__))
     if len(found) != 1:
         raise DataError(
-            f"{archive} holds {len(found)} CIFAR data sets; expected exactly one, in the python or the binary layout."
+            f"{archive} holds {len(found)} CIFAR data sets; expected exactly one, in the python or the binary layout: "
+            "pack one alone, or unpack it and give --data a folder."
         )
     return found[0]
 
@@ -140,6 +135,46 @@ def read_cifar(files: CifarFiles, *, labels: str = "fine") -> RawData:
     if files.kind == "cifar10" and len(train_files) != 5:
         notes = (f"{files.place} holds {len(train_files)} of CIFAR-10's five training batches.",)
     return RawData(files.kind, sets[0], None, sets[1], notes)
+
+
+def _members(archive: Path) -> dict[PurePosixPath, dict[str, bytes]]:
+    """Return the bytes of an archive's known files, by folder and name.
+
+    The stream is read to its end, where gzip keeps the checksum: `tarfile` stops before it, and a flipped bit in pixels
+    that are stored uncompressed would go unnoticed.
+    """
+    folders: dict[PurePosixPath, dict[str, bytes]] = {}
+    with gzip.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                _refuse_outside(archive, member)
+                path = PurePosixPath(member.name)
+                if not member.isfile() or not _KNOWN_FILE.fullmatch(path.name) or member.size > LARGEST_MEMBER:
+                    continue
+                content = tar.extractfile(member)
+                if content is not None:
+                    folders.setdefault(path.parent, {})[path.name] = content.read()
+        while stream.read(1 << 20):
+            pass
+    return folders
+
+
+def _refuse_outside(archive: Path, member: tarfile.TarInfo) -> None:
+    """Refuse a member or link that leads out of the archive. Nothing is unpacked, but no honest archive has one.
+
+    Raises:
+        DataError: the path is absolute, or climbs above the top.
+    """
+    paths = [member.name]
+    if member.issym():
+        paths.append(posixpath.join(posixpath.dirname(member.name), member.linkname))
+    elif member.islnk():
+        paths.append(member.linkname)
+    if any(posixpath.normpath(path).split("/")[0] in ("", "..") for path in paths):
+        raise DataError(
+            f"{archive} holds {member.name!r}, a path that leads out of it; expected only the data set's own files, so "
+            "do not unpack it, and fetch the published archive."
+        )
 
 
 def _recognise(place: Path, names: frozenset[str]) -> tuple[Kind, bool] | None:
@@ -199,10 +234,15 @@ def _class_names(files: CifarFiles, labels: str) -> tuple[str, ...]:
             raise UsageError(f"--labels coarse needs coarse labels, but {path} names none.")
         listed = meta.get(key)
         if not isinstance(listed, list) or not all(isinstance(one, bytes | str) for one in listed):
-            raise DataError(f"{path} has no list {key}; expected the meta file of {files.kind}.")
+            raise DataError(
+                f"{path} has no list {key}; expected the meta file of {files.kind}: fetch the data set again."
+            )
         names = [one.decode("utf-8", "replace") if isinstance(one, bytes) else one for one in listed]
     if len(names) < 2 or len(set(names)) != len(names):
-        raise DataError(f"{path} names {len(names)} classes, {len(set(names))} of them different; expected 2 or more.")
+        raise DataError(
+            f"{path} names {len(names)} classes, {len(set(names))} of them different; expected 2 or more, each once: "
+            "correct it or fetch the data set again."
+        )
     return tuple(names)
 
 
@@ -213,8 +253,8 @@ def _read_binary(files: CifarFiles, name: str, labels: str) -> tuple[Pixels, Lab
     path, data = files.place / name, files.read(name)
     if not data or len(data) % record:
         raise DataError(
-            f"{path} has {len(data):,} bytes, which is no multiple of {files.kind}'s {record:,} bytes an image; "
-            "it is cut short or something else."
+            f"{path} has {len(data):,} bytes; expected a multiple of {record:,}, the bytes of one {files.kind} image: "
+            "it is cut short or something else, so fetch the data set again."
         )
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, record)
     column = 0 if labels == "coarse" else header - 1
@@ -230,21 +270,34 @@ def _read_pickle(files: CifarFiles, name: str, labels: str) -> tuple[Pixels, Lab
         raise UsageError(f"--labels coarse needs coarse labels, but {path} has none.")
     pixels, listed = batch.get("data"), batch.get(key)
     if pixels is None or listed is None:
-        raise DataError(f"{path} has the keys {', '.join(sorted(batch))}; expected data and {key}.")
+        keys = first_few(sorted(batch)) or "none"
+        raise DataError(f"{path} has the keys {keys}; expected data and {key}: fetch the data set again.")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
-        raise DataError(f"{path} holds data of {describe(pixels)}; expected a uint8 array of N x {PIXELS}.")
+        raise DataError(
+            f"{path} holds data of {describe(pixels)}; expected a uint8 array of N x {PIXELS}: "
+            "fetch the data set again."
+        )
     numbers = listed.tolist() if isinstance(listed, np.ndarray) else listed
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-        raise DataError(f"{path} holds {key} that are no list of whole numbers.")
+        raise DataError(
+            f"{path} holds {key} that are no list of whole numbers; expected one label an image: "
+            "fetch the data set again."
+        )
     if len(numbers) != len(pixels) or not numbers:
-        raise DataError(f"{path} holds {len(pixels):,} images but {len(numbers):,} {key}; expected one label an image.")
+        raise DataError(
+            f"{path} holds {len(pixels):,} images but {len(numbers):,} {key}; expected one label an image: "
+            "fetch the data set again."
+        )
     parts = re.search(r"of (\d+)$", as_text(batch.get("batch_label", "")))
     if files.kind == "cifar10" and name != "test_batch" and parts and f"data_batch_{parts[1]}" not in files.names:
-        raise DataError(f"{path} is one of {parts[1]} batches, but data_batch_{parts[1]} is not in {files.place}.")
+        raise DataError(
+            f"{path} is one of {parts[1]} batches, but data_batch_{parts[1]} is not in {files.place}; "
+            "fetch the data set again."
+        )
     try:
         return pixels, np.array(numbers, dtype=np.int64)
     except OverflowError as error:
-        raise DataError(f"{path} holds {key} too large to be labels.") from error
+        raise DataError(f"{path} holds {key} too large to be labels; fetch the data set again.") from error
 
 
 def _check_labels(path: Path, labels: Labels, classes: tuple[str, ...]) -> None:
@@ -252,7 +305,7 @@ def _check_labels(path: Path, labels: Labels, classes: tuple[str, ...]) -> None:
     if low < 0 or high >= len(classes):
         raise DataError(
             f"{path} has labels from {low} to {high}, but there are {len(classes)} class names "
-            f"(labels 0 to {len(classes) - 1})."
+            f"(labels 0 to {len(classes) - 1}); the two are not of one data set: fetch it again."
         )
 
 

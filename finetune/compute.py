@@ -14,17 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.augment import Views
 from finetune.cache import default_cache_dir
 from finetune.cut import Cut
-from finetune.device import device_name, find_compiler, free_memory
+from finetune.device import device_name, find_compiler, free_memory, settle
 from finetune.events import Events
 from finetune.features import RowShape
 from finetune.fit import Trainer
 from finetune.images import DataSplits, ImageSet
+from finetune.memory import StepMemory, step_memory
 from finetune.models import Prepared
 from finetune.plan import MEMORY_SHARE, Placement, Plan, place
 from finetune.precision import Choice, choose, compile_module, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
 from finetune.sources import FeatureBuilder
+from finetune.windows import Windows, choose_windows
 from weights.errors import UsageError
 
 EVALUATION_SPEEDUP = 3.0  # a forward pass against forward and backward: one of three passes of equal size
@@ -38,11 +40,13 @@ class Computing:
         prefix: the frozen part, ready; None when uncut.
         training: number format and compilation of what trains.
         placement: where features go.
+        windows: what training sees of each feature map; None is all of it.
     """
 
     prefix: PreparedPrefix | None
     training: Choice
     placement: Placement
+    windows: Windows | None = None
 
     @property
     def compile_seconds(self) -> float:
@@ -96,6 +100,9 @@ def decide(
     """
     pick = _picker(recipe, prepared, device, events, choices)
     _require_batches(recipe, len(data.train), prepared)
+    batch = min(recipe.batch_size or 1, len(data.train))
+    memory = _step_memory(recipe, prepared, cut, device)
+    memory.require(batch)
     counts = (len(data.train), len(data.val or ()), len(data.test or ()))
     rows = counts[0] * views.count + counts[1] + counts[2]
     sample = data.train.images[:PREFIX_BATCH]
@@ -105,10 +112,13 @@ def decide(
             cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
         )
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, pick)
+    shapes = [row.shape for row in prefix.prefix.rows] if prefix else []
+    windows = choose_windows(recipe.windows, recipe.epochs or 1, shapes, cut.suffix)
     placement, missing = _place(recipe, data, views, prefix)
+    memory.require_beside(placement, batch)
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
-    computing = Computing(prefix, training, placement)
+    computing = Computing(prefix, training, placement, windows)
     return computing, _plan(recipe, data, prepared, cut, computing, views, device, missing)
 
 
@@ -171,6 +181,17 @@ def _require_batches(recipe: Recipe, images: int, prepared: Prepared) -> None:
         )
 
 
+def _step_memory(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.device) -> StepMemory:
+    """Return what training needs at least, in the number format that needs least of those that may be chosen."""
+    side = prepared.preprocessing.size
+    image = torch.zeros(1, 3, side, side)
+    with torch.no_grad():
+        values = cut.prefix(image) if cut.prefix is not None else (image,)
+    suffix = settle(cut.suffix, device)
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    return step_memory(suffix, [tuple(value.shape[1:]) for value in values], dtype, device, recipe)
+
+
 def _choose_training(
     recipe: Recipe,
     train: ImageSet,
@@ -183,7 +204,7 @@ def _choose_training(
     """Time training steps of what trains; its weights are put back afterwards."""
     batch = min(recipe.batch_size or 1, len(train))
     rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
-    suffix = cut.suffix.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    suffix = settle(cut.suffix, device)
     before = {name: value.clone() for name, value in suffix.state_dict().items()}
     inputs: list[tuple[torch.Tensor, ...]] = []
 
@@ -222,6 +243,7 @@ def _place(
     plain = Views("none", 1)
     learned = [(data.train, views)] + ([(data.val, plain)] if data.val is not None else [])
     needed = held = 0
+    fresh = recipe.augment == "crop" and views.count == recipe.epochs
     absent = []
     for made, splits in ((prefix, learned), (prefix.for_test, [(data.test, plain)] if data.test is not None else [])):
         row_bytes = sum(row.bytes for row in made.prefix.rows)
@@ -232,6 +254,8 @@ def _place(
         needed += rows * row_bytes
         held += (rows - missing) * row_bytes
         absent.append((rows, missing))
+        if made is prefix and builder.missing(data.train, views) == 0:
+            fresh = False  # an earlier run kept just these
     placement = place(
         needed,
         mode=recipe.cache,
@@ -239,7 +263,7 @@ def _place(
         limit=parse_bytes(recipe.cache_limit, "--cache-limit"),
         memory=memory_budget(recipe),
         held=held,
-        fresh_each_epoch=recipe.augment == "crop" and views.count == recipe.epochs,
+        fresh_each_epoch=fresh,
     )
     which = 1 if placement.on_disk else 0
     return placement, (absent[0][which], absent[1][which])
@@ -268,7 +292,8 @@ def _plan(
     test_rate = computing.prefix.for_test.choice.rate or prefix_rate if computing.prefix else 0.0
     live = computing.placement.where == "off"
     train_rate = computing.training.rate
-    per_image = 1 / train_rate + (1 / prefix_rate if live else 0.0)
+    share = computing.windows.cost if computing.windows else 1.0
+    per_image = share / train_rate + (1 / prefix_rate if live else 0.0)
     evaluated = epochs * counts[1] + counts[2] + min(10_000, counts[0])
     eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
     trained = set(prepared.selection.trained)
@@ -287,6 +312,7 @@ def _plan(
         prefix=computing.prefix.choice if computing.prefix else None,
         training=computing.training,
         placement=computing.placement,
+        window_share=share,
         feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
         epochs=epochs,
         batch_size=recipe.batch_size or 1,

@@ -23,7 +23,7 @@ from finetune.cifar import (
 )
 from finetune.downloads import data_cache, download_cifar, not_found
 from finetune.folder import has_classes, has_splits, read_folder
-from finetune.images import DataSplits, Progress, RawData
+from finetune.images import DataSplits, Progress, RawData, first_few
 from finetune.shapes import SHAPES, draw_shapes
 from finetune.splits import check_settings, make_splits
 from weights.errors import DataError, UsageError, near_matches
@@ -78,7 +78,11 @@ def load_data(
     if image_size < 1:
         raise UsageError(f"--image-size is {image_size}; expected at least 1 pixel.")
     check_settings(val_fraction=val_fraction, limit=limit)
-    raw = _read(data, data_dir, labels, image_size, progress, download)
+    try:
+        raw = _read(data, data_dir, labels, image_size, progress, download)
+    except OSError as error:  # a folder without permission, a disk that fails
+        place, reason = error.filename or data, error.strerror or str(error)
+        raise DataError(f"{place} cannot be read ({reason}); make it readable, or give --data another path.") from error
     return make_splits(raw, val_fraction=val_fraction, limit=limit, seed=seed)
 
 
@@ -130,9 +134,9 @@ def _at_path(path: Path) -> CifarFiles | Path:
     if has_splits(path) or has_classes(path):
         return path
     entries = sorted(entry.name for entry in path.iterdir())
-    holds = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "") or "nothing"
     raise DataError(
-        f"{path} holds {holds}; expected CIFAR files, a CIFAR .tar.gz, or a folder of images for each class."
+        f"{path} holds {first_few(entries) or 'nothing'}; expected CIFAR files, a CIFAR .tar.gz, or a folder of images "
+        "for each class."
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from finetune.images import Progress
 from weights.errors import DataError
@@ -31,6 +31,22 @@ HEADROOM = 0.9
 
 NAMED = 3
 """Unreadable files that an error names; the rest are counted."""
+
+LONGEST = 3
+"""Times its shorter side that an image may be long when it is resized: what lies beyond is cropped off before. A strip
+of 1 x 50,000 pixels would otherwise be blown up whole for the sake of its centre square."""
+
+TURNS: dict[int | None, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by EXIF's orientation. `ImageOps.exif_transpose` turns the same way, but then writes
+the EXIF anew and fails on photos whose other tags are odd."""
 
 
 @dataclass
@@ -82,27 +98,32 @@ def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.ui
         uint8 (3, S, S), or None.
 
     Raises:
-        OSError, SyntaxError, ValueError: what Pillow raises for files it cannot read.
-        Image.DecompressionBombError: more pixels than Pillow's limit.
+        OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read.
+        Image.DecompressionBombError: more than twice the pixels of Pillow's limit.
     """
     with Image.open(path) as opened:
         if not resize and min(opened.size) != side:
             return None
         if resize:
             opened.draft(None, (2 * side, 2 * side))  # JPEG: decode at the smallest scale that keeps twice the side
-        image: Image.Image = opened
         opened.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        image = to_rgb(image)
+        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+        image = to_rgb(opened if turn is None else opened.transpose(turn))
     width, height = image.size
     if resize and min(width, height) != side:
-        scale = side / min(width, height)
-        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+        short = min(width, height)
+        image = _centre(image, min(width, LONGEST * short), min(height, LONGEST * short))
+        width, height = (max(side, round(length * side / short)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
-    left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
+    return np.asarray(_centre(image, side, side)).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Crop an image to its centre of this size; as it is when it has that size."""
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -134,7 +155,7 @@ def _shared_side(files: Sequence[Path]) -> int | None:
             try:
                 with Image.open(files[index]) as image:
                     sides.add(min(image.size))
-            except _UNREADABLE:
+            except Exception:  # decoding meets the file again, and says what is wrong with it
                 continue
     return sides.pop() if len(sides) == 1 else None
 
@@ -142,7 +163,10 @@ def _shared_side(files: Sequence[Path]) -> int | None:
 def _decode_all(
     files: Sequence[Path], side: int, *, resize: bool, progress: Progress | None
 ) -> NDArray[np.uint8] | None:
-    """Decode every file at one side, or return None when, without resizing, one has another size."""
+    """Decode every file at one side, or return None when, without resizing, one has another size.
+
+    Whatever `progress` raises ends the decoding: chunks that no thread has begun are dropped.
+    """
     pixels = _room(len(files), side)
 
     def decode_chunk(start: int) -> _Outcome:
@@ -150,7 +174,7 @@ def _decode_all(
         for index in range(start, min(start + CHUNK, len(files))):
             try:
                 image = decode_image(files[index], side, resize=resize)
-            except _UNREADABLE as error:
+            except Exception as error:  # damaged bytes can make Pillow's readers raise nearly anything
                 outcome.unreadable.append((files[index], _reason(files[index], error)))
                 continue
             if image is None:
@@ -165,15 +189,17 @@ def _decode_all(
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         _set_warnings()
         futures = {pool.submit(decode_chunk, start): start for start in range(0, len(files), CHUNK)}
-        for future in as_completed(futures):
-            outcome = future.result()
-            if outcome.other_size:
-                pool.shutdown(wait=True, cancel_futures=True)
-                return None
-            unreadable += outcome.unreadable
-            done += min(CHUNK, len(files) - futures[future])
-            if progress is not None:
-                progress("decode", done, len(files))
+        try:
+            for future in as_completed(futures):
+                outcome = future.result()
+                if outcome.other_size:
+                    return None
+                unreadable += outcome.unreadable
+                done += min(CHUNK, len(files) - futures[future])
+                if progress is not None:
+                    progress("decode", done, len(files))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     if unreadable:
         unreadable.sort()
         named = ", ".join(f"{path} ({reason})" for path, reason in unreadable[:NAMED])
@@ -184,10 +210,6 @@ def _decode_all(
     return pixels
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""Pillow raises SyntaxError for some broken PNG files, and ValueError for some broken headers."""
-
-
 def _set_warnings() -> None:
     """Make Pillow's size limit an error, and keep its remarks on odd files out of the terminal."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -196,11 +218,13 @@ def _set_warnings() -> None:
 
 def _reason(path: Path, error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
+        return f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS or 0:,} pixels: a photo has to be scaled down"
     if path.is_file() and path.stat().st_size == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # the whole text would name the file a second time
     return str(error) or type(error).__name__
 
 

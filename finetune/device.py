@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from weights.errors import UsageError
 
@@ -58,6 +59,18 @@ def _cpu_name() -> str:
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     units = [unit for unit in ("amx_bf16", "avx512_bf16") if any(unit in line for line in lines[:40])]
     return f"{name} ({', '.join(units)})" if units else name
+
+
+def settle(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module to a device, its convolution kernels in channels-last memory, and return it.
+
+    `Module.to(memory_format=...)` fails on networks that hold a five-dimensional parameter, which has no such layout.
+    """
+    module.to(device)
+    for value in [*module.parameters(), *module.buffers()]:
+        if value.ndim == 4:
+            value.data = value.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def free_memory() -> int:

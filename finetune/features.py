@@ -9,7 +9,9 @@ disk; this file only fills it and reads it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from finetune.augment import Preprocessing, Views
 from finetune.cache import Entry
 from finetune.images import ImageSet, Progress
 
+READ_AHEAD = 2  # chunks: checking one keeps a core busy, and there are two at least
 Run = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 """The prefix, ready to run: float images (B, 3, S, S) → crossing tensors, B rows each."""
 
@@ -134,6 +137,8 @@ def compute_view(
 ) -> list[torch.Tensor]:
     """Compute one view of a split, writing it to the cache and keeping it in RAM as asked.
 
+    The disk works beside the processor: chunks are read ahead, and written while the next one is computed.
+
     Args:
         prefix: what computes.
         data: the split's images.
@@ -153,16 +158,25 @@ def compute_view(
     count = len(data)
     in_ram = [torch.empty((count, *row.stored), dtype=row.dtype) for row in prefix.rows] if keep or not entry else []
     chunk_rows = entry.chunk_rows if entry else prefix.batch * 8
-    for number, start in enumerate(range(0, count, chunk_rows)):
-        stop = min(start + chunk_rows, count)
-        values = entry.read_chunk(number) if entry else None
-        if values is None:
-            values = _compute_rows(prefix, data, views, view, start, stop)
-            if entry:
-                entry.write_chunk(number, values)
-        for target, value in zip(in_ram, values, strict=False):
-            target[start:stop] = value
-        report(stop - start)
+    starts = range(0, count, chunk_rows)
+    reading: deque[Future[list[torch.Tensor] | None]] = deque()
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(READ_AHEAD) as disk:
+        for number, start in enumerate(starts):
+            stop = min(start + chunk_rows, count)
+            while entry and len(reading) < READ_AHEAD and number + len(reading) < len(starts):
+                reading.append(disk.submit(entry.read_chunk, number + len(reading)))
+            values = reading.popleft().result() if entry else None
+            if values is None:
+                values = _compute_rows(prefix, data, views, view, start, stop)
+                if writing:
+                    writing.result()  # one at a time, and its fault is ours
+                writing = disk.submit(entry.write_chunk, number, values) if entry else None
+            for target, value in zip(in_ram, values, strict=False):
+                target[start:stop] = value
+            report(stop - start)
+        if writing:
+            writing.result()
     if entry:
         entry.finish()
     return in_ram or entry.mapped() if entry else in_ram

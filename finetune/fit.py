@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.optim import make_optimizer, make_schedule
 from finetune.recipe import Recipe
+from finetune.windows import Windows
 from weights.errors import TrainingError
 
 
@@ -59,6 +60,8 @@ class Progress:
         best_loss: its validation loss.
         seconds: training time, without evaluation.
         eval_seconds: evaluation time.
+        prefix_seconds: time for features in processes that were stopped.
+        total_seconds: time of the processes that were stopped, up to their last checkpoint.
     """
 
     epoch: int = 0
@@ -67,6 +70,8 @@ class Progress:
     best_loss: float = math.inf
     seconds: float = 0.0
     eval_seconds: float = 0.0
+    prefix_seconds: float = 0.0
+    total_seconds: float = 0.0
 
 
 class Trainer:
@@ -80,6 +85,7 @@ class Trainer:
         dtype: torch.bfloat16 trains under autocast with fp32 weights.
         device: where it trains.
         forward: what to call; the suffix when None.
+        windows: what to train on of each feature map; all of it when None.
     """
 
     def __init__(
@@ -91,12 +97,13 @@ class Trainer:
         dtype: torch.dtype,
         device: torch.device,
         forward: Callable[..., torch.Tensor] | None = None,
+        windows: Windows | None = None,
     ) -> None:
         if recipe.epochs is None or recipe.batch_size is None:
             raise ValueError("resolve the recipe first: epochs and batch_size are None")
         self.suffix, self.recipe, self.dtype, self.device = suffix, recipe, dtype, device
         self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
-        self.epochs, self.images = recipe.epochs, images
+        self.epochs, self.images, self.windows = recipe.epochs, images, windows
         self.batches = -(-images // recipe.batch_size)
         self.optimizer = make_optimizer(suffix, fresh, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.epochs * self.batches)
@@ -123,6 +130,9 @@ class Trainer:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.suffix)
+            for kept, now in zip(self.average.module.buffers(), self.suffix.buffers(), strict=True):
+                if not kept.is_floating_point():
+                    kept.copy_(now)  # a count of batches has no average
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     @property
@@ -150,23 +160,29 @@ class Trainer:
         """
         self.suffix.train()
         torch.manual_seed(epoch_seed(self.recipe.seed, epoch))
-        losses = torch.zeros((), device=self.device, dtype=torch.float64)
+        # Apple GPUs have no float64.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        losses = torch.zeros((), device=self.device, dtype=exact)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
         lr = 0.0
         for done, (rows, views) in enumerate(epoch_batches(self.images, self.batches, split.views, epoch, self.recipe)):
             if stop():
                 return None
             lr = self.optimizer.param_groups[0]["lr"]
             labels = split.labels[rows].to(self.device, non_blocking=True)
-            loss, right = self.step(split.source.take(rows, views), labels)
-            losses += loss.double() * len(rows)
+            inputs = split.source.take(rows, views)
+            if self.windows is not None and corners is not None:
+                inputs = self.windows.cut(inputs, epoch, corners[rows])
+            loss, right = self.step(inputs, labels)
+            losses += loss.to(exact) * len(rows)
             correct += right
             if self.device.type == "cpu" or done % 50 == 0 or done + 1 == self.batches:
                 require_finite(loss, epoch * self.batches + done, lr)  # reading the loss waits for a GPU: not each step
             report(done + 1, self.batches)
         return {
             "train_loss": float(losses) / self.images,
-            "train_accuracy": 100 * float(correct) / self.images,
+            "train_accuracy": 100 * int(correct) / self.images,
             "lr": lr,
         }
 
@@ -230,6 +246,11 @@ def require_finite(loss: torch.Tensor, step: int, lr: float) -> None:
         )
 
 
+def evaluation_batch(recipe: Recipe) -> int:
+    """Return how many images are evaluated at a time: without gradients, twice a training batch fits where one does."""
+    return min(256, 2 * (recipe.batch_size or 128))
+
+
 def predict(
     module: nn.Module, source: Source, rows: torch.Tensor, device: torch.device, dtype: torch.dtype, *, batch: int = 256
 ) -> torch.Tensor:
@@ -273,7 +294,7 @@ def cast(inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Te
 def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Return (mean cross-entropy in nats, accuracy in percent) of logits (N, classes) against int64 labels (N,)."""
     loss = functional.cross_entropy(logits.double(), labels)
-    return float(loss), 100 * float((logits.argmax(1) == labels).double().mean())
+    return float(loss), 100 * int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
 @dataclass(frozen=True)
@@ -323,7 +344,8 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
         val_loss = val_accuracy = None
         if val is not None:
             everything = torch.arange(len(val.labels))
-            logits = predict(trainer.evaluated, val.source, everything, trainer.device, trainer.dtype)
+            batch = evaluation_batch(trainer.recipe)
+            logits = predict(trainer.evaluated, val.source, everything, trainer.device, trainer.dtype, batch=batch)
             val_loss, val_accuracy = score(logits, val.labels)
         eval_seconds = time.perf_counter() - start
         progress.epoch += 1

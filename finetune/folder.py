@@ -3,11 +3,12 @@
     root/train/<class>/**/*.jpg, root/val|valid|validation/<class>/..., root/test/<class>/...
     root/<class>/**/*.jpg                                       one pile: a test split is held out of it later
 
-Classes are the folders of train, sorted by name. Hidden files and folders are passed over; files that are no images by
-their suffix are passed over and counted. Decoding follows one rule for every image of the data set: the shorter side
-becomes `image_size` (bilinear, antialiased) and the centre square is kept. Images that already share a shorter side of
-no more than `image_size` are not resized. What Pillow reads becomes 8-bit RGB: turned as EXIF says, 16-bit scaled down,
-transparency on white.
+Classes are the folders of train, sorted by name. Hidden files and folders are passed over; images outside any class
+folder, and files that are no images by their suffix, are passed over and counted.
+
+Decoding follows one rule for every image of the data set: the shorter side becomes `image_size` (bilinear, antialiased)
+and the centre square is kept. Images that already share a shorter side of no more than `image_size` are not resized.
+What Pillow reads becomes 8-bit RGB: turned as EXIF says, 16-bit scaled down, transparency on white.
 
 Legend: N images, C = 3 channels (RGB), side S.
 """
@@ -15,15 +16,17 @@ Legend: N images, C = 3 channels (RGB), side S.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from finetune.decode import decode_files
-from finetune.images import ImageSet, Progress, RawData
-from weights.errors import DataError
+from finetune.images import ImageSet, Progress, RawData, first_few
+from weights.errors import DataError, near_matches
 
 IMAGE_SUFFIXES = frozenset(
     {
@@ -49,11 +52,12 @@ SKIPPED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 @dataclass
 class _Listing:
-    """Image files and their labels; classes are known only once train is listed."""
+    """Image files with their labels, and what was passed over: images in no class folder, and other files."""
 
     files: list[Path] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    strays: int = 0
+    loose: list[Path] = field(default_factory=list)
+    strays: list[Path] = field(default_factory=list)
 
 
 def has_splits(root: Path) -> bool:
@@ -84,6 +88,7 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
     Raises:
         DataError: fewer than two classes, a class without images, a class that train does not have, or images that
             cannot be read or do not fit in memory.
+        OSError: a folder that cannot be listed.
     """
     if has_splits(root):
         places = {"train": root / "train", **_other_splits(root)}
@@ -103,12 +108,9 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
         end = start + len(listing.files)
         sets[split] = ImageSet(pixels[start:end], torch.tensor(listing.labels, dtype=torch.int64), classes)
         start = end
-    strays = sum(listing.strays for listing in listings.values())
-    notes = (
-        (f"{strays:,} file{'s' * (strays != 1)} in {root} passed over: no image by their suffix.",) if strays else ()
-    )
     name = root.resolve().name or "folder"
     pile = places["train"] == root
+    notes = _passed_over(root, list(listings.values()))
     return RawData(name, sets["train"], sets.get("val"), sets.get("test"), notes, hold_out_test=pile)
 
 
@@ -123,30 +125,63 @@ def _other_splits(root: Path) -> dict[str, Path]:
 
 
 def _class_names(train: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(folder.name for folder in _subfolders(train)))
+    classes = tuple(sorted(_class_of(folder) for folder in _subfolders(train)))
+    twice = [name for name, following in pairwise(classes) if name == following]
+    if twice:
+        raise DataError(f"{train} holds two folders for the class {twice[0]}, spelt with different bytes; merge them.")
+    if set(classes) <= {"train", "test", *VAL_NAMES} and len(classes) > 1:
+        raise DataError(
+            f"{train} holds {' and '.join(classes)} with images but no class folders in them; expected a folder for "
+            "each class inside, since folders name the classes."
+        )
     if len(classes) < 2:
         found = f"one class folder ({classes[0]})" if classes else "no class folders"
         raise DataError(f"{train} holds {found}; expected a folder of images for each of two or more classes.")
     return classes
 
 
+def _class_of(folder: Path) -> str:
+    """Return the class that a folder stands for: its name, in Unicode's composed form.
+
+    macOS and archives made there may write "é" as two characters, so that train and test would not agree on a name.
+
+    Raises:
+        DataError: a name that is not UTF-8, which no report could hold.
+    """
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{folder.parent} holds a folder named {os.fsencode(folder.name)!r}, which is not UTF-8; rename it, since "
+            "folders name the classes."
+        ) from None
+    return unicodedata.normalize("NFC", folder.name)
+
+
 def _list_split(place: Path, classes: tuple[str, ...], split: str) -> _Listing:
     """List the images of one split, class after class, each in the order of its paths."""
-    listing = _Listing(strays=sum(1 for file in place.iterdir() if file.is_file() and not file.name.startswith(".")))
+    listing = _Listing()
+    for file in place.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            (listing.loose if _is_image(file) else listing.strays).append(file)
     index = {name: label for label, name in enumerate(classes)}
-    for folder in sorted(_subfolders(place), key=lambda folder: folder.name):
-        files = list(_walk(folder))
+    for folder in sorted(_subfolders(place), key=_class_of):
+        name, files = _class_of(folder), list(_walk(folder))
         images = sorted((file for file in files if _is_image(file)), key=lambda file: file.relative_to(folder).parts)
-        listing.strays += len(files) - len(images)
+        strays = [file for file in files if not _is_image(file)]
+        listing.strays += strays
         if not images:
             if split != "train":
                 continue
-            passed = f" ({len(files)} files are no images by their suffix)" if files else ""
-            raise DataError(f"{folder} holds no images{passed}; fill the class {folder.name!r} or remove its folder.")
-        if folder.name not in index:
-            raise DataError(f"{folder} is no class of the training images; expected one of {_some(classes)}.")
+            instead = f" but {_described(strays)}" if strays else ""
+            raise DataError(f"{folder} holds no images{instead}; fill the class {name!r} or remove its folder.")
+        if name not in index:
+            near = near_matches(name, classes)
+            raise DataError(
+                f"{folder} is no class of the training images; expected one of {first_few(classes)}{near or '.'}"
+            )
         listing.files += images
-        listing.labels += [index[folder.name]] * len(images)
+        listing.labels += [index[name]] * len(images)
     if not listing.files:
         raise DataError(f"{place} holds no images in class folders; fill it or remove it.")
     return listing
@@ -159,9 +194,17 @@ def _subfolders(folder: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, hidden ones left out; links are followed, but never round in a circle."""
+    """Yield the files below a folder, hidden ones left out; links are followed, but never round in a circle.
+
+    Raises:
+        OSError: a folder that cannot be listed: its images would be missing without a word.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     seen: set[str] = set()
-    for place, below, names in os.walk(folder, followlinks=True):
+    for place, below, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             below.clear()
@@ -177,5 +220,19 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _passed_over(root: Path, listings: list[_Listing]) -> tuple[str, ...]:
+    """Return a sentence on the images that are in no class folder, and one on the files that are no images."""
+    loose = sum(len(listing.loose) for listing in listings)
+    strays = [file for listing in listings for file in listing.strays]
+    notes = []
+    if loose:
+        notes.append(f"{loose:,} image{'s' * (loose != 1)} in {root} passed over: in no class folder.")
+    if strays:
+        notes.append(f"{_described(strays)} in {root} passed over: no image by the suffix.")
+    return tuple(notes)
+
+
+def _described(files: list[Path]) -> str:
+    """Return how many files, and their suffixes: "3 files (.heic, .txt)"."""
+    suffixes = sorted({file.suffix.lower() or "no suffix" for file in files})
+    return f"{len(files):,} file{'s' * (len(files) != 1)} ({first_few(suffixes)})"

@@ -5,7 +5,7 @@ Legend: N images, C = 3 channels (RGB), H and W pixels. Images stay uint8 until 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,3 +80,8 @@ class DataSplits:
     def classes(self) -> tuple[str, ...]:
         """Class names, in label order."""
         return self.train.classes
+
+
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """Return "a, b, c" for a sentence; names beyond `limit` are counted ("a, b and 3 more")."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

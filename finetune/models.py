@@ -59,9 +59,7 @@ def find_weights(recipe: Recipe) -> Found:
     """
     arch = resolve_arch(recipe.arch)
     head = head_names(arch)
-    with torch.device("meta"):  # the shape of the model without its values
-        model, _ = build(arch, 2, recipe.image_size or int(arch.config["input_size"][-1]))
-    select_layers(model, recipe.train_layers, head)
+    select_layers(_outline(arch, recipe.image_size or int(arch.config["input_size"][-1])), recipe.train_layers, head)
     return locate(arch, recipe.weights, recipe.weights_dir)
 
 
@@ -121,7 +119,9 @@ def build(arch: Arch, classes: int, size: int) -> tuple[nn.Module, dict[str, Any
     Raises:
         UsageError: the network cannot be built for this size.
     """
-    fixed = bool(arch.config.get("fixed_input_size")) and size != int(arch.config["input_size"][-1])
+    # timm's own configuration, not the weights': a run at 96 pixels says 96, and timm builds for 224 all the same.
+    own = timm.get_pretrained_cfg(arch.full_name)
+    fixed = bool(arch.config.get("fixed_input_size")) and (own is None or size != int(own.input_size[-1]))
     model_args: dict[str, Any] = {"img_size": size} if fixed else {}
     try:
         return timm.create_model(arch.full_name, pretrained=False, num_classes=classes, **model_args), model_args
@@ -130,6 +130,15 @@ def build(arch: Arch, classes: int, size: int) -> tuple[nn.Module, dict[str, Any
             f"{arch.name} cannot be built for {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
             f"{arch.config['input_size'][-1]}: leave --image-size out."
         ) from error
+
+
+def _outline(arch: Arch, size: int) -> nn.Module:
+    """Return the network for two classes, without values where it can be built without any."""
+    try:
+        with torch.device("meta"):
+            return build(arch, 2, size)[0]
+    except UsageError:  # some networks of older timm read values while they are built; a real fault is raised again
+        return build(arch, 2, size)[0]
 
 
 def head_names(arch: Arch) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, peak_rate
 
 
 def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> list[dict[str, object]]:
@@ -30,7 +30,7 @@ def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) 
     return [
         {
             "params": parameters,
-            "lr": recipe.lr * (recipe.head_lr_scale if is_fresh else 1.0),
+            "lr": peak_rate(recipe) * (recipe.head_lr_scale if is_fresh else 1.0),
             "weight_decay": recipe.weight_decay if decays else 0.0,
         }
         for (is_fresh, decays), parameters in groups.items()
@@ -41,9 +41,9 @@ def make_optimizer(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) ->
     """Return the recipe's optimiser over the trained parameters of `suffix`."""
     groups = parameter_groups(suffix, fresh, recipe)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        return torch.optim.SGD(groups, lr=peak_rate(recipe), momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=recipe.lr)
+    return kind(groups, lr=peak_rate(recipe))
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> lr_scheduler.LRScheduler:

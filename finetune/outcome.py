@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.compute import Computing
-from finetune.fit import Source, Split, predict, score
+from finetune.fit import Source, Split, evaluation_batch, predict, score
 from finetune.images import DataSplits
 from finetune.models import Prepared
 from finetune.recipe import PLACES, Recipe, to_table
@@ -24,18 +24,22 @@ TRAIN_SAMPLE = 10_000  # train images for train_accuracy: its standard error is 
 
 
 def train_figures(
-    module: nn.Module, train: Split, device: torch.device, dtype: torch.dtype, seed: int
+    module: nn.Module, train: Split, device: torch.device, dtype: torch.dtype, recipe: Recipe
 ) -> dict[str, float]:
-    """Return train_accuracy in percent, in eval mode, of up to 10,000 training images drawn by the seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return train_accuracy in percent, in eval mode, of up to 10,000 training images drawn by the seed.
+
+    With `--augment crop` it is of each image's first version, which may be shifted and mirrored.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
     rows = torch.randperm(len(train.labels), generator=generator)[:TRAIN_SAMPLE]
-    logits = predict(module, train.source, rows, device, dtype)
+    logits = predict(module, train.source, rows, device, dtype, batch=evaluation_batch(recipe))
     return {"train_accuracy": score(logits, train.labels[rows])[1]}
 
 
-def test_logits(module: nn.Module, source: Source, count: int, device: torch.device) -> torch.Tensor:
+def test_logits(module: nn.Module, source: Source, count: int, device: torch.device, recipe: Recipe) -> torch.Tensor:
     """Return logits float32 (N, classes) of the test split; what trained runs in fp32 whatever it trained in."""
-    return predict(module, source, torch.arange(count), device, torch.float32)
+    rows = torch.arange(count)
+    return predict(module, source, rows, device, torch.float32, batch=evaluation_batch(recipe))
 
 
 def test_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -62,6 +66,7 @@ def summarise(
     kept = progress["best_epoch"] if recipe.patience and progress["best_epoch"] else progress["epoch"]
     row = progress["rows"][kept - 1] if progress["rows"] else {}  # of the weights that were kept, not of the last
     prefix = computing.prefix.choice if computing.prefix else None
+    windows = computing.windows
     formats = {computing.training.precision} | ({prefix.precision} if prefix else set())
     return {
         "arch": prepared.arch.full_name,
@@ -96,6 +101,7 @@ def summarise(
         "compile": bool(computing.training.compiled or (prefix and prefix.compiled)),
         "computed": computing.choices(),
         "features": {"where": computing.placement.where, "bytes": computing.placement.bytes},
+        "windows": {"map": windows.side, "sides": list(windows.sides)} if windows else None,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "torchvision", "timm", "finetune-timm")},

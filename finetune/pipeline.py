@@ -20,7 +20,7 @@ from finetune.augment import Views, make_views
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import load_data
-from finetune.device import pick_device
+from finetune.device import pick_device, settle
 from finetune.events import Events
 from finetune.fit import Listener, Progress, Source, Split, Trainer, fit
 from finetune.images import DataSplits, ImageSet
@@ -32,7 +32,7 @@ from finetune.recipe import Recipe, check, resolve_auto
 from finetune.report import write_report
 from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
-from weights.errors import StoppedError
+from weights.errors import StoppedError, UsageError
 
 Stop = Callable[[], bool]
 
@@ -91,10 +91,12 @@ def run(
     check(recipe)
     if output is not None:
         require_empty(output)  # again when it is made: this only spares the wait
-    job = prepare(recipe, events)
+    words = "Stopped before the run began; nothing was written, so start it again."
+    job = prepare(recipe, _watched(events, stop, words))
     name = f"{job.prepared.arch.name}-{job.data.name}"
     with create_run_directory(output, name) as directory:
-        directory.write_recipe(job.recipe)
+        # What follows from other settings stays auto, for whoever changes those.
+        directory.write_recipe(replace(job.recipe, views=recipe.views, lr=recipe.lr))
         return _carry_out(job, directory, None, events, stop, started)
 
 
@@ -123,9 +125,10 @@ def resume(path: Path, *, events: Events | None = None, stop: Stop = lambda: Fal
             events.note(f"{path} is a finished run; nothing is left to do.")
             return {**summary, "output": str(path)}
         state = directory.read_checkpoint()
-        job = prepare(recipe, events, choices=None if state is None else state["choices"])
+        words = f"Stopped; go on with: finetune run --resume {path}"
+        job = prepare(recipe, _watched(events, stop, words), choices=None if state is None else state["choices"])
         if state is not None:
-            checkpoint.require_same(path, state, job.data, job.prepared)
+            checkpoint.require_same(path, state, job.recipe, job.data, job.prepared)
         return _carry_out(job, directory, state, events, stop, started)
 
 
@@ -151,6 +154,11 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     )
     for note in data.notes:
         events.note(note)
+    if recipe.patience and data.val is None:
+        raise UsageError(
+            f"--patience {recipe.patience} needs validation images, and there are none: give --val-fraction 0.1, or "
+            "data with a val/ folder, or leave --patience out."
+        )
     recipe = resolve_auto(recipe, len(data.train))
     prepared = prepare_model(recipe, len(data.classes), found)
     if prepared.account is not None:
@@ -166,6 +174,17 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
 
 
+def _watched(events: Events, stop: Stop, words: str) -> Events:
+    """Return events that end the preparation of a run when `stop` asks for it; there is nothing to save yet."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if stop():
+            raise StoppedError(words)
+        events.progress(what, done, total)
+
+    return replace(events, progress=progress)
+
+
 def _sample(images: ImageSet, prepared: Prepared, count: int) -> torch.Tensor:
     """Return a few training images as the model sees them: float32 (count, 3, S, S)."""
     return prepared.preprocessing(images.images[torch.arange(count) % len(images)])
@@ -177,6 +196,7 @@ def _carry_out(
     """Features, training, test, files."""
     recipe, data = job.recipe, job.data
     progress = Progress(**state["progress"]) if state else Progress()
+    before = replace(progress)
 
     def stop_now() -> None:
         if stop():
@@ -188,7 +208,7 @@ def _carry_out(
     if data.val is not None:
         plain = Views("none", 1)
         val = Split(_source(job, builder, data.val, plain, "validation"), data.val.labels, 1)
-    suffix = job.cut.suffix.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    suffix = settle(job.cut.suffix, job.device)
     trainer = Trainer(
         suffix,
         job.prepared.fresh,
@@ -197,6 +217,7 @@ def _carry_out(
         job.computing.training.dtype,
         job.device,
         forward=compile_module(suffix) if job.computing.training.compiled else None,
+        windows=job.computing.windows,
     )
     best: dict[str, torch.Tensor] | None = None
     if state:
@@ -207,6 +228,7 @@ def _carry_out(
         nonlocal best
         if is_best and recipe.patience:
             best = {name: value.clone() for name, value in trainer.evaluated.state_dict().items()}
+        _clock(now, before, started, builder)
         directory.write_checkpoint(checkpoint.pack(now, trainer, best, job.data, job.prepared, job.computing))
         directory.write_metrics(now.rows)
 
@@ -222,7 +244,15 @@ def _carry_out(
         suffix.load_state_dict(best)
     elif trainer.average is not None:
         suffix.load_state_dict(trainer.average.module.state_dict())
-    return _finish(job, directory, trainer, train, builder, progress, started, events)
+    return _finish(
+        job, directory, trainer, train, builder, progress, lambda: _clock(progress, before, started, builder)
+    )
+
+
+def _clock(progress: Progress, before: Progress, started: float, builder: FeatureBuilder | None) -> None:
+    """Bring times up to now: those of this process on top of those `before` it, of processes that were stopped."""
+    progress.total_seconds = before.total_seconds + time.perf_counter() - started
+    progress.prefix_seconds = before.prefix_seconds + (builder.seconds if builder else 0.0)
 
 
 def _finish(
@@ -232,27 +262,27 @@ def _finish(
     train: Split,
     builder: FeatureBuilder | None,
     progress: Progress,
-    started: float,
-    events: Events,
+    clock: Callable[[], None],
 ) -> dict[str, Any]:
     """Prove that nothing frozen moved, read the test split, write the files."""
     require_unchanged(job.prepared.model, job.frozen)
     start = time.perf_counter()
     module = trainer.suffix
-    figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe.seed)
+    figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
     logits = None
     progress.eval_seconds += time.perf_counter() - start
     if job.data.test is not None:
         source = _source(job, builder, job.data.test, Views("none", 1), "test")
         start = time.perf_counter()
-        logits = outcome.test_logits(module, source, len(job.data.test), job.device)
+        logits = outcome.test_logits(module, source, len(job.data.test), job.device, job.recipe)
         figures |= outcome.test_figures(logits, job.data.test.labels)
         progress.eval_seconds += time.perf_counter() - start
     require_unchanged(job.prepared.model, job.frozen)
+    clock()
     seconds = {
-        "total": time.perf_counter() - started,
+        "total": progress.total_seconds,
         "compile": job.computing.compile_seconds,
-        "prefix": builder.seconds if builder else 0.0,
+        "prefix": progress.prefix_seconds,
         "train": progress.seconds,
         "eval": progress.eval_seconds,
     }

@@ -46,6 +46,7 @@ class Plan:
         prefix: choice for the prefix; None when uncut.
         training: choice for what trains.
         placement: where features will be.
+        window_share: share of each feature map that a training step sees, 0 to 1; the whole is 1.
         feature_views: image views whose features are still to be computed.
         epochs: how many.
         batch_size: images per step.
@@ -64,6 +65,7 @@ class Plan:
     prefix: Choice | None
     training: Choice
     placement: Placement
+    window_share: float
     feature_views: int
     epochs: int
     batch_size: int
@@ -91,6 +93,8 @@ class Plan:
                 f"({self.prefix.reason})"
             )
         lines.append(f"features: {self.placement.reason}")
+        if self.window_share < 1:
+            lines.append(f"trains on random windows of the feature maps, {100 * self.window_share:.0f} % of their area")
         rows = f"{duration(self.feature_seconds)} for {self.feature_views:,} feature rows, "
         if not self.feature_views:
             rows = "no features to compute, " if self.placement.where in ("ram", "disk") else ""
@@ -129,14 +133,14 @@ def place(
         limit: most bytes the cache may take.
         memory: most bytes of memory for features.
         held: bytes of these features that are on disk already.
-        fresh_each_epoch: every epoch uses views of its own, so caching saves nothing within this run.
+        fresh_each_epoch: every epoch uses views of its own that are not on disk, so caching saves nothing in this run.
 
     Raises:
         UsageError: the asked-for place is too small.
     """
     if mode == "off":
         return Placement("off", False, 0, "computed anew in every epoch, as asked")
-    if mode == "auto" and fresh_each_epoch and not held:
+    if mode == "auto" and fresh_each_epoch:
         return Placement("off", False, 0, "every epoch has views of its own, so they are computed as it goes")
     fits_memory = needed <= memory
     if mode == "ram":

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from weights.errors import RunError
 from weights.save import write_atomically
 
 # Compiling a folded ResNet-18 prefix gained 7 % where it gained least (docs/log.md); the first compile of a process
@@ -148,6 +149,8 @@ def step_seconds(step: Callable[[], None], device: torch.device, *, repeats: int
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
@@ -173,7 +176,7 @@ def remembered(cache_dir: Path, about: Mapping[str, Any], measure: Callable[[], 
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             write_atomically(path, json.dumps({"about": dict(about), "choice": asdict(choice)}, indent=1).encode())
-    except OSError:
+    except (OSError, RunError):
         return choice  # a cache folder that cannot be written costs the next run a few seconds, nothing else
     return choice
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from finetune.augment import Preprocessing
 from finetune.cut import Cut
+from finetune.device import settle
 from finetune.features import Prefix, RowShape
 from finetune.fold import fold_batch_norms
 from finetune.layers import tensor_sha256
@@ -80,11 +81,10 @@ def prepare_prefix(
 
     def build(precision: str, compiled: bool) -> Callable[[], None]:
         run = twins.runnable(precision, compiled)
-        pixels = preprocessing(full.to(device), DTYPES[precision])
 
         def step() -> None:
             with torch.no_grad():
-                run(pixels)
+                run(preprocessing(full.to(device), DTYPES[precision]))
 
         return step
 
@@ -122,8 +122,8 @@ class _Twins:
 
     def module(self, precision: str) -> nn.Module:
         if precision not in self._plain:
-            twin = copy.deepcopy(self.folded).to(self.device, DTYPES[precision])
-            self._plain[precision] = twin.to(memory_format=torch.channels_last).eval()
+            twin = copy.deepcopy(self.folded).to(dtype=DTYPES[precision])
+            self._plain[precision] = settle(twin, self.device).eval()
         return self._plain[precision]
 
     def runnable(self, precision: str, compiled: bool) -> Any:

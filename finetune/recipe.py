@@ -44,7 +44,9 @@ class Recipe:
     epochs: int | None = _setting(None, "Passes over the training images; auto takes 8, and more for small sets.")
     batch_size: int | None = _setting(None, "Images per step; auto takes 128, and less for small sets.")
     # 0.01 moves pretrained layers gently; layers that start fresh get ten times that (docs/decisions/0002 says why).
-    lr: float = _setting(0.01, "Peak learning rate of layers that start from pretrained weights.")
+    lr: float | None = _setting(
+        None, "Peak learning rate of layers that start from pretrained weights; auto takes 0.01, adam and adamw 0.001."
+    )
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
     optimizer: str = _setting("sgd", "sgd is SGD with Nesterov momentum.", choices=("sgd", "adam", "adamw"))
     momentum: float = _setting(0.9, "Momentum of sgd (0 to below 1).")
@@ -59,6 +61,11 @@ class Recipe:
     )
     views: int | None = _setting(
         None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones."
+    )
+    windows: str = _setting(
+        AUTO,
+        "Train on random windows of the cached feature maps: cheaper steps, and shifts that the cache does not cost.",
+        choices=(AUTO, "on", "off"),
     )
     val_fraction: float = _setting(
         0.1, "Share of train held out for validation when the data bring none; 0 trains on all."
@@ -82,6 +89,8 @@ class Recipe:
     )
 
 
+# Optimisers multiply learning rate and weight decay and divide by as little as 1 - 0.9; float32 ends at 3.4e38.
+LARGEST_RATE = 1e37
 PATHS = ("data_dir", "weights_dir", "cache_dir")
 # Settings that say where to look or how to compute, not what is learned: left out of checkpoints' metadata.
 PLACES = ("data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device")
@@ -102,10 +111,16 @@ def check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} is {value}; give a whole number of at least 1.")
-    above_zero = {"lr": recipe.lr, "head_lr_scale": recipe.head_lr_scale}
+    lr = peak_rate(recipe)
+    above_zero = {"lr": lr, "head_lr_scale": recipe.head_lr_scale}
     for name, number in above_zero.items():
         if not 0 < number < float("inf"):
             raise UsageError(f"{flag(name)} is {number}; give a number above 0.")
+    if lr * max(1, recipe.head_lr_scale) * max(1, recipe.weight_decay) > LARGEST_RATE:
+        raise UsageError(
+            f"--lr {lr:g} with --head-lr-scale {recipe.head_lr_scale:g} and --weight-decay "
+            f"{recipe.weight_decay:g} is more than 32-bit numbers can hold; lower --lr (0.01 is usual)."
+        )
     below_one = {
         "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
         "warmup": recipe.warmup, "val_fraction": recipe.val_fraction,
@@ -117,8 +132,6 @@ def check(recipe: Recipe) -> None:
         raise UsageError(f"{flag('weight_decay')} is {recipe.weight_decay}; give 0 or more.")
     if recipe.patience < 0:
         raise UsageError(f"--patience is {recipe.patience}; give 0 (off) or a number of epochs.")
-    if recipe.patience and recipe.val_fraction == 0:
-        raise UsageError("--patience needs validation images, and --val-fraction 0 leaves none; drop one of the two.")
     if recipe.views is not None and recipe.augment != "crop":
         raise UsageError(
             f"--views {recipe.views} goes with --augment crop only; {recipe.augment} has a fixed number of outcomes, "
@@ -131,6 +144,13 @@ def check(recipe: Recipe) -> None:
     parse_bytes(recipe.cache_limit, "--cache-limit")
     if recipe.memory_budget is not None:
         parse_bytes(recipe.memory_budget, "--memory-budget")
+
+
+def peak_rate(recipe: Recipe) -> float:
+    """Return the peak learning rate of pretrained layers: --lr, or what suits the optimiser."""
+    if recipe.lr is not None:
+        return recipe.lr
+    return 0.01 if recipe.optimizer == "sgd" else 0.001
 
 
 def flag(name: str) -> str:
@@ -240,7 +260,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def resolve_auto(recipe: Recipe, images: int) -> Recipe:
-    """Fill in epochs, batch size and views for a training set of `images` images.
+    """Fill in epochs, batch size, views and learning rate for a training set of `images` images.
 
     Steps, not epochs, decide how far a small set gets: at least 500 steps (the shortest schedule of Kolesnikov et al.
     2020, "Big Transfer", section 3.3), within 8 to 40 epochs; a batch holds at most a twentieth of the images.
@@ -249,4 +269,4 @@ def resolve_auto(recipe: Recipe, images: int) -> Recipe:
     per_epoch = -(-images // batch)
     epochs = recipe.epochs or min(40, max(8, -(-500 // per_epoch)))
     views = epochs if recipe.augment == "crop" and recipe.views is None else recipe.views
-    return dataclasses.replace(recipe, batch_size=batch, epochs=epochs, views=views)
+    return dataclasses.replace(recipe, batch_size=batch, epochs=epochs, views=views, lr=peak_rate(recipe))

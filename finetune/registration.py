@@ -2,7 +2,7 @@
 
 `import finetune` has to be quick (`finetune --help` does not wait for torch), and after it timm has to know our
 networks, also when the user's script imports timm later. So a finder is put before Python's own: it lets them find
-timm, and has `finetune.networks` imported when timm's own code has run. docs/decisions/0006 has the alternatives.
+timm, and has `finetune.networks` imported when timm's own code has run. docs/decisions/0007 has the alternatives.
 """
 
 from __future__ import annotations

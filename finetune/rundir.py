@@ -6,9 +6,13 @@ checkpoint.pt holds all that a resumed run needs.
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
+import zipfile
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +23,9 @@ from weights.errors import RunError
 from weights.save import write_atomically
 
 RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"
-MODEL, PREDICTIONS = "model.safetensors", "predictions.safetensors"
+MODEL, PREDICTIONS, LOCK = "model.safetensors", "predictions.safetensors", ".lock"
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no more of this user's share, no larger file
 
 
 class RunDirectory:
@@ -27,28 +33,44 @@ class RunDirectory:
 
     Args:
         path: the folder; it exists.
+        new: whether a run begins in it, which needs it empty.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = FileLock(path / ".lock", timeout=0)
+    def __init__(self, path: Path, *, new: bool = False) -> None:
+        self.path, self.new = path, new
+        self._lock = FileLock(path / LOCK, timeout=0)
 
     def __enter__(self) -> RunDirectory:
         try:
             self._lock.acquire()
         except Timeout:
-            raise RunError(
-                f"{self.path} is in use by another run; wait until that one has ended, or give another --output."
-            ) from None
+            raise _in_use(self.path) from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be written ({error.strerror}); give another --output.") from error
+        if self.new:
+            try:
+                require_empty(self.path, locked=True)  # two runs may have found it empty; one had the lock first
+            except RunError:
+                self._unlock()
+                raise
+            self.new = False
         for half_written in self.path.glob(".*.tmp"):  # what a killed run was writing; the lock says that it is gone
             half_written.unlink(missing_ok=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._unlock()
+        full = isinstance(error, RunError) and isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        if full and (self.path / RECIPE).is_file():
+            raise RunError(
+                f"{str(error).rstrip('.')}. What was finished is kept: go on with finetune run --resume {self.path}"
+            ) from error
+
+    def _unlock(self) -> None:
+        # Deleted while it is held: whoever waits for it finds that it is gone, instead of sharing it with the next run.
+        with suppress(OSError):  # Windows does not delete what is open, and filelock does it on release
+            (self.path / LOCK).unlink()
         self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write recipe.toml."""
@@ -89,10 +111,22 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} does not match its checksum")
             state = torch.load(path, weights_only=True, map_location="cpu")
             if not isinstance(state, dict) or "progress" not in state:
                 raise ValueError("it is no checkpoint of a run")
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+            LookupError,
+            ValueError,
+            TypeError,
+            zipfile.BadZipFile,
+        ) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise RunError(f"{path} is damaged ({first}); delete it to start this run from its first epoch.") from error
         return dict(state)
@@ -102,15 +136,30 @@ class RunDirectory:
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
 
-def require_empty(output: Path) -> None:
+def _in_use(path: Path) -> RunError:
+    return RunError(f"{path} is in use by another run; wait until that one has ended, or give another --output.")
+
+
+def require_empty(output: Path, *, locked: bool = False) -> None:
     """Refuse an output folder that holds something; one that does not exist yet is welcome.
 
+    Args:
+        output: the folder.
+        locked: whether the caller holds its lock.
+
     Raises:
-        RunError: it holds files or folders.
+        RunError: it holds files or folders, or another run is using it.
     """
     if not output.is_dir():
         return
-    held = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
+    names = {entry.name for entry in output.iterdir()}
+    held = sorted(names - {LOCK})
+    if LOCK in names and not locked:  # in use, or what a kill left
+        try:
+            with suppress(PermissionError), FileLock(output / LOCK, timeout=0):
+                pass
+        except Timeout:
+            raise _in_use(output) from None
     if held:
         finished = SUMMARY in held
         advice = "" if finished or RECIPE not in held else f" (or go on with --resume {output})"
@@ -134,7 +183,7 @@ def create_run_directory(output: Path | None, name: str) -> RunDirectory:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             require_empty(output)
-            return RunDirectory(output)
+            return RunDirectory(output, new=True)
         for number in range(1, 10_000):
             path = Path("runs") / f"{name}-{number:04d}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +191,7 @@ def create_run_directory(output: Path | None, name: str) -> RunDirectory:
                 path.mkdir()
             except FileExistsError:
                 continue
-            return RunDirectory(path)
+            return RunDirectory(path, new=True)
     except OSError as error:
         where = output or Path("runs").resolve()
         raise RunError(f"{where} cannot be created ({error.strerror}); give another --output.") from error

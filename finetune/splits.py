@@ -10,13 +10,13 @@ Legend: N images, K classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.images import DataSplits, ImageSet, RawData
+from finetune.images import DataSplits, ImageSet, RawData, first_few
 from weights.errors import UsageError
 
 TEST_FRACTION = 0.1
@@ -33,7 +33,10 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
     """Hold out the validation (and where needed the test) images, then limit the training images.
 
     The order is fixed: test, validation, limit. So the validation images of a seed are the same for every limit. A
-    validation split that the data bring is used as it is, whatever `val_fraction` says. Images keep their order.
+    validation split that the data bring is used as it is, whatever `val_fraction` says.
+
+    Training images are put in the order of their digests: every on-disk layout of the same images then gives the same
+    run, and shares its cached features. Validation and test images keep the order in which they were found.
 
     Args:
         raw: the data set as found.
@@ -71,13 +74,17 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
         train, digests, val, _ = _hold_out(train, digests, val_fraction, salt=f"val:{seed}")
         if val is None:
             notes.append("There is no validation split: no class can spare an image for it.")
+    notes += _absent(val, "validation") + _absent(test, "test")
 
+    kept = np.ones(len(train), dtype=np.bool_)
     if limit is not None and limit < len(train):
-        train = take(train, choose(train, digests, limit, salt=f"limit:{seed}", cover=True))
+        kept = choose(train, digests, limit, salt=f"limit:{seed}", cover=True)
+    train = take(train, sorted(np.flatnonzero(kept), key=digests.__getitem__))
+    if limit is not None and limit < len(kept):
         missing = len(train.classes) - len(torch.unique(train.labels))
         if missing:
             notes.append(f"--limit {limit} leaves {missing} of {len(train.classes)} classes without a training image.")
-    elif limit is not None and limit > len(train):
+    elif limit is not None and limit > len(kept):
         notes.append(f"--limit {limit} is more than there is: all {_count(train)} are used for training.")
 
     test_sha256 = None if test_digests is None else identity({"test": test_digests})
@@ -165,9 +172,9 @@ def choose(
     return mask
 
 
-def take(images: ImageSet, mask: Mask) -> ImageSet:
-    """Return the images where `mask` (bool (N,)) is True, in their order."""
-    index = torch.from_numpy(np.flatnonzero(mask))
+def take(images: ImageSet, places: Sequence[int] | NDArray[np.int64]) -> ImageSet:
+    """Return the images at `places` (M numbers from 0 to N - 1), in that order."""
+    index = torch.as_tensor(places, dtype=torch.int64)
     return ImageSet(images.images[index], images.labels[index], images.classes)
 
 
@@ -181,7 +188,21 @@ def _hold_out(
         return images, digests, None, None
     kept = [digest for digest, out in zip(digests, mask, strict=True) if not out]
     held = [digest for digest, out in zip(digests, mask, strict=True) if out]
-    return take(images, ~mask), kept, take(images, mask), held
+    return take(images, np.flatnonzero(~mask)), kept, take(images, np.flatnonzero(mask)), held
+
+
+def _absent(images: ImageSet | None, split: str) -> list[str]:
+    """Name the classes of which a split has no image; labels are those of train, so none has moved."""
+    if images is None:
+        return []
+    counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
+    absent = [name for name, count in zip(images.classes, counts, strict=True) if not count]
+    if not absent:
+        return []
+    return [
+        f"The {split} images are of {len(counts) - len(absent)} of {len(counts)} classes: there are none of "
+        f"{first_few(absent)}, and {split} figures say nothing about {'it' if len(absent) == 1 else 'them'}."
+    ]
 
 
 def _count(images: ImageSet | None) -> str:

@@ -30,11 +30,16 @@ def load_pickle(data: bytes, path: Path) -> dict[str, Any]:
     try:
         loaded = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
     except _RefusedError as error:
-        raise DataError(f"{path} asks to run {error}, which no CIFAR file needs; it was refused, not run.") from error
+        raise DataError(
+            f"{path} asks to run {error}, which no CIFAR file needs; it was refused, not run: "
+            "fetch the published data set."
+        ) from error
     except Exception as error:  # damaged bytes can make an unpickler raise nearly anything
         raise DataError(f"{path} is damaged or no pickle ({error}); fetch the data set again.") from error
     if not isinstance(loaded, dict):
-        raise DataError(f"{path} holds {describe(loaded)}; expected the dict of a CIFAR file.")
+        raise DataError(
+            f"{path} holds {describe(loaded)}; expected the dict of a CIFAR file: fetch the data set again."
+        )
     return {as_text(key): value for key, value in loaded.items()}
 
 

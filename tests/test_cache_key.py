@@ -13,7 +13,7 @@ from torch import nn
 from finetune import cache, prefix
 from finetune.augment import Preprocessing, Views, make_views
 from finetune.cache import key_of
-from finetune.cut import cut_model
+from finetune.cut import Cut, cut_model
 from finetune.events import Events
 from finetune.images import ImageSet
 from finetune.layers import freeze, select_layers
@@ -74,10 +74,13 @@ def prepared(
     model = Network(**settings)  # type: ignore[arg-type]
     with torch.no_grad():
         change(model)
+    return prepare_prefix(cut_of(model), preprocessing, image_set(4).images, CPU, lambda build: choice)
+
+
+def cut_of(model: Network) -> Cut:
     chosen = select_layers(model, ["head"], ["head"])
     freeze(model, chosen)
-    cut = cut_model(model, chosen, torch.randn(2, 3, 8, 8))
-    return prepare_prefix(cut, preprocessing, image_set(4).images, CPU, lambda build: choice)
+    return cut_model(model, chosen, torch.randn(2, 3, 8, 8))
 
 
 def keys(made: PreparedPrefix, data: ImageSet | None = None, views: Views | None = None) -> list[str]:
@@ -192,6 +195,28 @@ def test_the_key_changes_with_folding(usual: str, monkeypatch: pytest.MonkeyPatc
     made = prepared()
     assert made.folded == 0
     assert keys(made) != [usual]
+
+
+def test_the_key_changes_with_the_kind_of_device(usual: str) -> None:
+    """A GPU adds in another order. Nothing runs there, so the identity alone is made."""
+    made = prepared()
+    frozen = cut_of(Network()).prefix
+    assert frozen is not None
+    here, there = (
+        prefix._identity(frozen, replace(made.prefix, device=torch.device(name)), FP32, made.folded)
+        for name in ("cpu", "cuda")
+    )
+    assert key_of(here) != key_of(there)
+
+
+def test_every_ingredient_has_a_test_in_this_file() -> None:
+    """Who adds one adds its test above, and its name here."""
+    builder = FeatureBuilder(prepared(), Placement("ram", True, 0, ""), Path("unused"), 10**9, Events())
+    ((_, about),) = builder.entries(image_set(), Views("none", 1))
+    assert about.keys() == {
+        "prefix", "images", "view", "image_size", "interpolation", "mean", "std", "dtype", "folded", "compiled",
+        "device", "torch", "timm",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("library", ["torch", "timm"])

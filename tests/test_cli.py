@@ -211,7 +211,7 @@ def test_layers_json() -> None:
 def test_layers_errors() -> None:
     words = error("layers", "resnet18", "--train-layers", "layer5", code=2)
     assert words.startswith("'layer5' names no layer of this model; did you mean layer4, layer3 or layer2?")
-    assert 'unknown architecture "resnet81"; did you mean' in error("layers", "resnet81", code=2)
+    assert 'Unknown architecture "resnet81"; did you mean' in error("layers", "resnet81", code=2)
 
 
 def test_cache_commands(root: Path) -> None:
@@ -236,7 +236,7 @@ def test_cache_commands(root: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"arch": "resnet81"}, 'unknown architecture "resnet81"; did you mean resnet18'),
+        ({"arch": "resnet81"}, 'Unknown architecture "resnet81"; did you mean resnet18'),
         ({"arch": "resnet18.nothing"}, 'resnet18 has no pretrained weights "nothing"'),
         ({"train_layers": "layer5"}, "'layer5' names no layer of this model; did you mean layer4"),
         ({"train_layers": ","}, "--train-layers is empty; name layers to train"),
@@ -246,6 +246,10 @@ def test_cache_commands(root: Path) -> None:
         ({"image_size": "0"}, "--image-size is 0; give a whole number of at least 1."),
         ({"batch_size": "0"}, "--batch-size is 0; give a whole number of at least 1."),
         ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be sgd, adam, adamw."),
+        (
+            {"lr": "1e39"},
+            "--lr 1e+39 with --head-lr-scale 10 and --weight-decay 0.0005 is more than 32-bit numbers can",
+        ),
         ({"device": "tpu"}, "--device is 'tpu'; it can be auto, cpu, cuda, cuda:N or mps."),
         ({"cache_limit": "lots"}, "--cache-limit is 'lots'; give a size above 0 such as 500MB or 8GB."),
         ({"config": "none.toml"}, "The recipe none.toml cannot be read (No such file or directory)"),
@@ -275,7 +279,7 @@ def test_what_typer_refuses(words: list[str]) -> None:
 def test_weights_missing(root: Path) -> None:
     assert run_error(root, weights="none.pth").startswith("--weights names none.pth, which does not exist")
     Path("empty").mkdir()
-    assert "no weights for test_resnet.r160_in1k in empty" in run_error(root, weights="empty")
+    assert "Found no weights for test_resnet.r160_in1k in empty" in run_error(root, weights="empty")
 
 
 def test_weights_truncated(root: Path) -> None:
@@ -286,7 +290,7 @@ def test_weights_truncated(root: Path) -> None:
 
 def test_weights_of_another_network(root: Path) -> None:
     words = run_error(root, arch="test_resnet", weights=str(write_weights(Path("w.safetensors"), "test_vit")))
-    assert words.startswith("local file w.safetensors holds the weights of another network than test_resnet")
+    assert words.startswith("The weights (local file w.safetensors) are those of another network than test_resnet")
     assert "give the --arch they belong to" in words
 
 
@@ -309,7 +313,7 @@ def test_weights_without_a_layer(root: Path) -> None:
     partial = str(write_weights(Path("w.safetensors"), without=("layer4", "fc")))
     words = run_error(root, weights=partial)
     assert "missing layer4 (all " in words
-    assert words.endswith("or --allow-missing layer4 to start from random values there")
+    assert words.endswith("or --allow-missing layer4 to start from random values there.")
     result = invoke(*run_words(root, weights=partial, allow_missing="layer4"))
     assert result.exit_code == 0
     assert "layer4 starts fresh as allowed (15 tensors absent)" in result.stderr
@@ -321,7 +325,7 @@ def test_weights_in_a_folder_with_two(root: Path) -> None:
     words = run_error(root, weights="two")
     assert words == (
         "two holds 2 files for test_resnet.r160_in1k: test_resnet-a.safetensors and test_resnet-b.safetensors; name "
-        "one with --weights FILE"
+        "one with --weights FILE."
     )
 
 
@@ -329,7 +333,7 @@ def test_weights_with_nan(root: Path) -> None:
     state = safetensors.torch.load_file(root / "weights" / "test_resnet.safetensors")
     state["layer4.0.bn1.bias"][0] = torch.nan
     safetensors.torch.save_file(state, "nan.safetensors")
-    assert "holds NaN or infinite values in layer4.0.bn1.bias; these weights are spoilt" in run_error(
+    assert "hold NaN or infinite values in layer4.0.bn1.bias; they are spoilt, so give others." in run_error(
         root, weights="nan.safetensors"
     )
 

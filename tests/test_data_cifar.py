@@ -26,7 +26,9 @@ from make_data import (
     write_pickle,
 )
 
+from finetune.cifar import cifar_archive, cifar_folder, read_cifar
 from finetune.data import load_data
+from finetune.images import RawData
 from weights.errors import DataError, UsageError
 
 Writer = Callable[..., Made]
@@ -38,6 +40,13 @@ LAYOUTS = {
 }
 
 
+def read(place: Path) -> RawData:
+    """Read a CIFAR folder or archive, its images in the order of the files."""
+    files = cifar_archive(place) if place.is_file() else cifar_folder(place)
+    assert files is not None
+    return read_cifar(files)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("archived", [False, True])
 def test_every_layout_gives_what_was_written_in_file_order(tmp_path: Path, name: str, archived: bool) -> None:
@@ -46,17 +55,18 @@ def test_every_layout_gives_what_was_written_in_file_order(tmp_path: Path, name:
     if archived:
         place = tmp_path / f"{name}.tar.gz"
         write_archive(place, tmp_path / name)
+    raw = read(place)
+    assert raw.name == ("cifar100" if "100" in name else "cifar10")
+    assert raw.train.classes == made.classes
+    assert raw.train.images.dtype == torch.uint8
+    assert raw.train.labels.dtype == torch.int64
+    assert torch.equal(raw.train.images, torch.from_numpy(made.train))
+    assert torch.equal(raw.train.labels, torch.from_numpy(made.train_labels))
+    assert raw.test is not None
+    assert torch.equal(raw.test.images, torch.from_numpy(made.test))
+    assert torch.equal(raw.test.labels, torch.from_numpy(made.test_labels))
     splits = load_data(str(place), val_fraction=0)
-    assert splits.name == ("cifar100" if "100" in name else "cifar10")
-    assert splits.classes == made.classes
-    assert splits.train.images.dtype == torch.uint8
-    assert splits.train.labels.dtype == torch.int64
-    assert torch.equal(splits.train.images, torch.from_numpy(made.train))
-    assert torch.equal(splits.train.labels, torch.from_numpy(made.train_labels))
-    assert splits.test is not None
-    assert torch.equal(splits.test.images, torch.from_numpy(made.test))
-    assert torch.equal(splits.test.labels, torch.from_numpy(made.test_labels))
-    assert splits.val is None
+    assert (len(splits.train), splits.val) == (len(made.train), None)
     assert splits.notes == ()
 
 
@@ -89,7 +99,8 @@ def test_coarse_labels(tmp_path: Path) -> None:
     for place in ("python", "binary"):
         splits = load_data(str(tmp_path / place), labels="coarse", val_fraction=0)
         assert splits.classes == ("first", "second")
-        assert splits.train.labels.tolist() == (made.train_labels >= 2).astype(int).tolist()
+        assert splits.test is not None
+        assert splits.test.labels.tolist() == (made.test_labels >= 2).astype(int).tolist()
         assert splits.sha256 != load_data(str(tmp_path / place)).sha256
 
 
@@ -114,7 +125,7 @@ def test_text_keys_arrays_of_labels_and_crlf_names_are_read_too(tmp_path: Path) 
         content = {key.decode(): value for key, value in content.items()}
         content["fine_labels"] = np.array(content["fine_labels"])
         (tmp_path / "python" / name).write_bytes(pickle.dumps(content, protocol=4))
-    assert torch.equal(load_data(str(tmp_path / "python"), val_fraction=0).train.images, torch.from_numpy(made.train))
+    assert torch.equal(read(tmp_path / "python").train.images, torch.from_numpy(made.train))
     write_cifar100_binary(tmp_path / "binary")
     (tmp_path / "binary" / "fine_label_names.txt").write_bytes("\r\n".join(made.classes).encode())
     assert load_data(str(tmp_path / "binary")).classes == made.classes
@@ -127,7 +138,7 @@ def test_pickles_of_an_older_numpy_are_read(tmp_path: Path) -> None:
         new, old = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
         (tmp_path / name).write_bytes(content.replace(new, old))
         assert old in (tmp_path / name).read_bytes()
-    assert torch.equal(load_data(str(tmp_path), val_fraction=0).train.images, torch.from_numpy(made.train))
+    assert torch.equal(read(tmp_path).train.images, torch.from_numpy(made.train))
 
 
 def test_images_can_be_written_to(tmp_path: Path) -> None:
@@ -157,7 +168,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert mark.exists()  # the attack works
     mark.unlink()
     write_pickle(tmp_path / "cifar" / "train", {b"data": Attack(mark)})
-    with pytest.raises(DataError, match=r"train asks to run .*, which no CIFAR file needs; it was refused, not run"):
+    with pytest.raises(DataError, match=r"train asks to run .*, which no CIFAR file needs; it was refused, not run: "):
         load_data(str(tmp_path / "cifar"))
     assert not mark.exists()
 
@@ -205,15 +216,19 @@ def change_pickle(path: Path, change: Callable[[dict[bytes, Any]], object]) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop(b"data"), "has the keys .*; expected data and fine_labels"),
-        (lambda d: d.update({b"data": d[b"data"].astype(np.float32)}), "data of float32 40 x 3072; expected a uint8"),
-        (lambda d: d.update({b"data": d[b"data"][:, :100]}), "data of uint8 40 x 100; expected"),
-        (lambda d: d.update({b"data": [1, 2]}), "data of a list; expected"),
-        (lambda d: d.update({b"fine_labels": [0] * 39}), "40 images but 39 fine_labels"),
-        (lambda d: d.update({b"fine_labels": [0] * 39 + [4]}), "labels from 0 to 4, but there are 4 class names"),
-        (lambda d: d.update({b"fine_labels": [0] * 39 + [-1]}), "labels from -1 to 0"),
-        (lambda d: d.update({b"fine_labels": [0.5] * 40}), "no list of whole numbers"),
-        (lambda d: d.update({b"fine_labels": [10**30] * 40}), "too large to be labels"),
+        (lambda d: d.pop(b"data"), "has the keys .*; expected data and fine_labels: "),
+        (lambda d: d.clear(), "has the keys none; expected data and fine_labels: "),
+        (lambda d: d.update({b"data": d[b"data"].astype(np.float32)}), "data of float32 40 x 3072; expected a uint8 "),
+        (lambda d: d.update({b"data": d[b"data"][:, :100]}), "data of uint8 40 x 100; expected a uint8 array of N x "),
+        (lambda d: d.update({b"data": [1, 2]}), "data of a list; expected a uint8 array of N x 3072: "),
+        (lambda d: d.update({b"fine_labels": [0] * 39}), "40 images but 39 fine_labels; expected one label an image: "),
+        (
+            lambda d: d.update({b"fine_labels": [0] * 39 + [4]}),
+            r"labels from 0 to 4, but .* \(labels 0 to 3\); the two ",
+        ),
+        (lambda d: d.update({b"fine_labels": [0] * 39 + [-1]}), "labels from -1 to 0, but there are 4 class names "),
+        (lambda d: d.update({b"fine_labels": [0.5] * 40}), "no list of whole numbers; expected one label an image: "),
+        (lambda d: d.update({b"fine_labels": [10**30] * 40}), "too large to be labels; "),
     ],
 )
 def test_pickles_with_other_contents(
@@ -221,7 +236,7 @@ def test_pickles_with_other_contents(
 ) -> None:
     write_cifar100_python(tmp_path)
     change_pickle(tmp_path / "train", change)
-    with pytest.raises(DataError, match=f"train.* {message}"):
+    with pytest.raises(DataError, match=f"train.* {message}.*fetch (the data set|it) again"):
         load_data(str(tmp_path))
 
 
@@ -237,7 +252,7 @@ def test_pickles_with_other_contents(
 def test_meta_files_with_other_contents(tmp_path: Path, meta: Any, message: str) -> None:
     write_cifar100_python(tmp_path)
     write_pickle(tmp_path / "meta", meta)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{message}.*fetch the data set again"):
         load_data(str(tmp_path))
 
 
@@ -250,7 +265,11 @@ def test_binary_files_of_another_length(tmp_path: Path, name: str, file: str, cu
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[:-cut] if cut else b"")
     record = r"3,073" if "10-" in name else r"3,074"
-    with pytest.raises(DataError, match=f"{file} has .* bytes, which is no multiple of .* {record} bytes an image"):
+    found = f"{len(whole) - cut if cut else 0:,}"
+    with pytest.raises(
+        DataError,
+        match=f"{file} has {found} bytes; expected a multiple of {record}, the bytes of one .*fetch the data set again",
+    ):
         load_data(str(tmp_path))
 
 
@@ -302,23 +321,66 @@ def test_two_layouts_in_one_folder(tmp_path: Path) -> None:
 # Archives
 
 
-def test_archives_write_nothing_and_ignore_hostile_members(tmp_path: Path) -> None:
-    made = write_cifar100_binary(tmp_path / "cifar")
+def write_archive_with(archive: Path, folder: Path, name: str, link: tuple[bytes, str] | None) -> None:
+    """Pack a folder and one more member: a file of 4 bytes, or a link (its type, where it leads)."""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname="cifar")
+        member = tarfile.TarInfo(name)
+        if link:
+            member.type, member.linkname = link
+        else:
+            member.size = 4
+        tar.addfile(member, None if link else io.BytesIO(b"evil"))
+
+
+@pytest.mark.parametrize(
+    ("name", "link"),
+    [
+        ("../../escaped", None),
+        ("cifar/../../escaped", None),
+        ("/escaped", None),
+        ("cifar/escaped", (tarfile.SYMTYPE, "/etc/passwd")),
+        ("cifar/escaped", (tarfile.SYMTYPE, "../../passwd")),
+        ("cifar/escaped", (tarfile.LNKTYPE, "../passwd")),
+    ],
+)
+def test_archives_with_a_path_that_leaves_them(tmp_path: Path, name: str, link: tuple[bytes, str] | None) -> None:
+    write_cifar100_binary(tmp_path / "cifar")
     archive = tmp_path / "place" / "hostile.tar.gz"
     archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        for name in ("../../escaped", "/tmp/escaped"):
-            member = tarfile.TarInfo(name)
-            member.size = 4
-            tar.addfile(member, io.BytesIO(b"evil"))
-        link = tarfile.TarInfo("link/train.bin")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-        tar.add(tmp_path / "cifar", arcname="../cifar")
+    write_archive_with(archive, tmp_path / "cifar", name, link)
     before = sorted(tmp_path.rglob("*"))
-    splits = load_data(str(archive), val_fraction=0)
-    assert torch.equal(splits.train.images, torch.from_numpy(made.train))
+    with pytest.raises(
+        DataError,
+        match=rf"hostile\.tar\.gz holds '{name}', a path that leads out of it; expected only the data set's own files, "
+        "so do not unpack it, and fetch the published archive",
+    ):
+        load_data(str(archive))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_within_an_archive_are_passed_over(tmp_path: Path) -> None:
+    made = write_cifar100_binary(tmp_path / "cifar")
+    archive = tmp_path / "links.tar.gz"
+    write_archive_with(archive, tmp_path / "cifar", "other/train.bin", (tarfile.SYMTYPE, "../cifar/test.bin"))
+    before = sorted(tmp_path.rglob("*"))
+    assert torch.equal(read(archive).train.images, torch.from_numpy(made.train))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_flipped_bit_in_an_archive(tmp_path: Path) -> None:
+    write_cifar100_binary(tmp_path / "cifar")
+    archive = tmp_path / "flipped.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=0) as tar:  # stored as it is: gzip's checksum is all that can tell
+        tar.add(tmp_path / "cifar", arcname="cifar")
+    content = bytearray(archive.read_bytes())
+    pixels = (tmp_path / "cifar" / "test.bin").read_bytes()[100:200]
+    content[content.index(pixels)] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"flipped\.tar\.gz cannot be read as a \.tar\.gz \(CRC check failed .*; fetch it"
+    ):
+        load_data(str(archive))
 
 
 def test_archives_that_are_damaged_or_hold_something_else(tmp_path: Path) -> None:
@@ -337,5 +399,5 @@ def test_archives_that_are_damaged_or_hold_something_else(tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "cifar", tmp_path / "two" / "a")
     shutil.copytree(tmp_path / "cifar", tmp_path / "two" / "b")
     write_archive(other, tmp_path / "two")
-    with pytest.raises(DataError, match=r"other\.tar\.gz holds 2 CIFAR data sets; expected exactly one"):
+    with pytest.raises(DataError, match=r"other\.tar\.gz holds 2 CIFAR data sets; expected exactly one, .*: pack one"):
         load_data(str(other))

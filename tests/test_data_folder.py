@@ -1,8 +1,11 @@
-"""Image folders: what is found, how it is decoded, and what is refused."""
+"""Image folders: what is found, which label it has, and what is refused."""
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -13,7 +16,6 @@ from make_data import make_images, write_class_folders, write_image_folder
 from PIL import Image
 
 from finetune.data import load_data
-from finetune.decode import decode_image, to_rgb
 from finetune.folder import read_folder
 from weights.errors import DataError
 
@@ -70,10 +72,28 @@ def test_a_class_missing_from_test_does_not_shift_labels(tmp_path: Path) -> None
         save(tmp_path / "train" / name / "1.png")
     save(tmp_path / "test" / "cherry" / "1.png")
     (tmp_path / "test" / "banana").mkdir()
-    raw = read_folder(tmp_path, image_size=8)
-    assert raw.test is not None
-    assert raw.test.classes == ("apple", "banana", "cherry")
-    assert raw.test.labels.tolist() == [2]
+    splits = load_data(str(tmp_path), image_size=8, val_fraction=0)
+    assert splits.test is not None
+    assert splits.test.classes == ("apple", "banana", "cherry")
+    assert splits.test.labels.tolist() == [2]
+    assert splits.notes == (
+        "The test images are of 1 of 3 classes: there are none of apple, banana, and test figures say nothing about "
+        "them.",
+    )
+
+
+def test_a_class_missing_from_validation_is_named(tmp_path: Path) -> None:
+    made = write_image_folder(tmp_path, 8, 4, n_val=8)
+    for file in (tmp_path / "val" / "class_01").iterdir():
+        file.unlink()
+    splits = load_data(str(tmp_path))
+    assert splits.val is not None
+    assert splits.val.classes == made.classes
+    assert splits.val.labels.tolist() == [0, 0, 2, 2, 3, 3]
+    assert splits.notes == (
+        "The validation images are of 3 of 4 classes: there are none of class_01, and validation figures say nothing "
+        "about it.",
+    )
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -81,8 +101,11 @@ def test_a_class_that_train_does_not_have(tmp_path: Path, split: str) -> None:
     write_image_folder(tmp_path, 8, 4)
     save(tmp_path / split / "durian" / "1.png", size=(32, 32))
     with pytest.raises(
-        DataError, match=f"{split}/durian is no class of the training images; expected one of class_00, "
+        DataError, match=f"{split}/durian is no class of the training images; expected one of class_00, .*class_03\\.$"
     ):
+        load_data(str(tmp_path))
+    (tmp_path / split / "durian").rename(tmp_path / split / "Class_02")
+    with pytest.raises(DataError, match=rf"{split}/Class_02 is no class .*; did you mean class_02, .*\?$"):
         load_data(str(tmp_path))
 
 
@@ -119,7 +142,15 @@ def test_hidden_files_are_passed_over_and_strays_counted(tmp_path: Path) -> None
     splits = load_data(str(tmp_path), val_fraction=0)
     assert len(splits.train) == 8
     assert splits.classes == ("class_00", "class_01", "class_02", "class_03")
-    assert splits.notes == (f"2 files in {tmp_path} passed over: no image by their suffix.",)
+    assert splits.notes == (f"2 files (.txt, no suffix) in {tmp_path} passed over: no image by the suffix.",)
+
+
+def test_images_outside_class_folders_are_counted(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, 8, 4)
+    save(tmp_path / "train" / "loose.png", size=(32, 32))
+    splits = load_data(str(tmp_path), val_fraction=0)
+    assert (len(splits.train), len(splits.classes)) == (8, 4)
+    assert splits.notes == (f"1 image in {tmp_path} passed over: in no class folder.",)
 
 
 def test_links_nested_folders_and_names_of_any_script(tmp_path: Path) -> None:
@@ -128,21 +159,57 @@ def test_links_nested_folders_and_names_of_any_script(tmp_path: Path) -> None:
         save(tmp_path / "data" / "train" / "été" / "deep" / "er" / f"写真{index}.png", (0, index, 0))
     (tmp_path / "data" / "train" / "naïve").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    raw = read_folder(tmp_path / "data", image_size=8)
+    (tmp_path / "data" / "train" / "été" / "写真3.png").symlink_to(tmp_path / "elsewhere" / "2.png")
+    (tmp_path / "photos").symlink_to(tmp_path / "data", target_is_directory=True)
+    raw = read_folder(tmp_path / "photos", image_size=8)
     assert raw.train.classes == ("naïve", "été")
-    assert raw.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert raw.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    shown = raw.train.images[:, :, 3, 3].tolist()
+    assert shown == [[0, 0, 0], [1, 0, 0], [2, 0, 0], [0, 0, 0], [0, 1, 0], [0, 2, 0], [2, 0, 0]]
 
 
-@pytest.mark.parametrize("classes", [0, 1])
-def test_too_few_classes(tmp_path: Path, classes: int) -> None:
-    (tmp_path / "train" / "deeper").mkdir(parents=True)
-    if classes:
-        save(tmp_path / "train" / "deeper" / "1.png")
-    else:
-        (tmp_path / "train" / "deeper").rename(tmp_path / "train" / ".deeper")
-        save(tmp_path / "lone" / "1.png")
-    message = r"train holds one class folder \(deeper\)" if classes else r"holds one class folder|train holds no images"
+def test_names_agree_however_their_accents_are_written(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for name in (apart, "bar"):
+        save(tmp_path / "train" / name / "1.png")
+    save(tmp_path / "test" / composed / "1.png")
+    raw = read_folder(tmp_path, image_size=8)
+    assert raw.train.classes == ("bar", composed)
+    assert raw.test is not None
+    assert raw.test.labels.tolist() == [1]
+    save(tmp_path / "train" / composed / "2.png")
+    with pytest.raises(
+        DataError, match="train holds two folders for the class café, spelt with different bytes; merge"
+    ):
+        read_folder(tmp_path, image_size=8)
+
+
+def test_a_class_name_that_is_not_utf8(tmp_path: Path) -> None:
+    save(tmp_path / "bar" / "1.png")
+    try:
+        save(tmp_path / os.fsdecode(b"caf\xe9") / "1.png")
+    except OSError:
+        pytest.skip("this file system takes only names in UTF-8")
+    with pytest.raises(DataError, match=r"holds a folder named b'caf\\xe9', which is not UTF-8; rename it"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["train/lone", "lone"])
+def test_one_class(tmp_path: Path, place: str) -> None:
+    save(tmp_path / place / "1.png")
+    message = r"holds one class folder \(lone\); expected a folder of images for each of two or more classes"
     with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path))
+
+
+def test_splits_without_class_folders_are_not_classes(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "1.png")
+    save(tmp_path / "test" / "1.png")
+    with pytest.raises(
+        DataError,
+        match="holds test and train with images but no class folders in them; expected a folder for each class",
+    ):
         load_data(str(tmp_path))
 
 
@@ -152,7 +219,9 @@ def test_an_empty_class(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train/empty holds no images; fill the class 'empty' or remove its folder"):
         load_data(str(tmp_path))
     (tmp_path / "train" / "empty" / "a.heic").write_bytes(b"1")
-    with pytest.raises(DataError, match=r"train/empty holds no images \(1 files are no images by their suffix\)"):
+    with pytest.raises(
+        DataError, match=r"train/empty holds no images but 1 file \(\.heic\); fill the class 'empty' or"
+    ):
         load_data(str(tmp_path))
 
 
@@ -170,117 +239,24 @@ def test_splits_without_train(tmp_path: Path) -> None:
         load_data(str(tmp_path))
 
 
-# How it is decoded
-
-
-def test_images_of_one_size_keep_it(tmp_path: Path) -> None:
-    write_image_folder(tmp_path, 40, 0, size=20)
-    assert read_folder(tmp_path, image_size=224).train.images.shape == (40, 3, 20, 20)
-    assert read_folder(tmp_path, image_size=16).train.images.shape == (40, 3, 16, 16)
-
-
-def test_one_image_of_another_size_resizes_all(tmp_path: Path) -> None:
-    made = make_images(200, 0, classes=2, size=8)
-    write_class_folders(tmp_path, made.train, made.train_labels, made.classes)
-    odd = tmp_path / "class_00" / "00002.png"  # not among the images that are looked at first
-    save(odd, size=(12, 30))
-    calls: list[tuple[str, int, int]] = []
-    raw = read_folder(tmp_path, image_size=24, progress=lambda *call: calls.append(call))
-    assert raw.train.images.shape == (200, 3, 24, 24)
-    assert raw.train.images[1].float().mean(dim=(1, 2)).tolist() == [10, 20, 30]
-    assert calls[-1] == ("decode", 200, 200)
-
-
-def test_the_centre_square_is_kept(tmp_path: Path) -> None:
-    image = Image.new("RGB", (60, 20), "red")
-    image.paste("blue", (20, 0, 40, 20))
-    image.save(tmp_path / "wide.png")
-    pixels = decode_image(tmp_path / "wide.png", 20)
-    assert pixels is not None
-    assert pixels.reshape(3, -1).max(axis=1).tolist() == [0, 0, 255]
-    small = decode_image(tmp_path / "wide.png", 10)
-    assert small is not None
-    assert small.shape == (3, 10, 10)
-    assert (small[2, :, 1:-1] == 255).all()
-
-
-def test_large_jpegs_shrink_without_aliasing(tmp_path: Path) -> None:
-    checks = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    Image.fromarray(checks).save(tmp_path / "checks.jpg", quality=95)
-    pixels = decode_image(tmp_path / "checks.jpg", 32)
-    assert pixels is not None
-    assert abs(pixels.astype(int) - 128).max() <= 12
-
-
-def test_exif_orientation(tmp_path: Path) -> None:
-    upright = np.zeros((16, 16, 3), dtype=np.uint8)
-    upright[:8] = (255, 0, 0)  # red above
-    for orientation, stored in ((3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, -1))):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "turned.png", exif=exif)
-        pixels = decode_image(tmp_path / "turned.png", 16)
-        assert pixels is not None
-        assert (pixels.transpose(1, 2, 0) == upright).all()
-
-
-@pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
-    [
-        ("L", 77, (77, 77, 77)),
-        ("1", 1, (255, 255, 255)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
-        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
-        ("I;16", 0xFFFF, (255, 255, 255)),
-        ("I;16", 257 * 100, (100, 100, 100)),
-    ],
-)
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, colour: object, expected: tuple[int, int, int]) -> None:
-    save(tmp_path / "image.png", colour, mode=mode)
-    pixels = decode_image(tmp_path / "image.png", 8)
-    assert pixels is not None
-    assert pixels.shape == (3, 8, 8)
-    assert tuple(pixels[:, 3, 3].tolist()) == expected
-
-
-def test_palettes_and_their_transparency(tmp_path: Path) -> None:
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    image.paste(0, (0, 0, 4, 8))
-    image.save(tmp_path / "plain.png")
-    image.save(tmp_path / "clear.png", transparency=0)
-    image.save(tmp_path / "bytes.png", transparency=b"\x00\xff")
-    for name, left in (("plain", [0, 0, 0]), ("clear", [255, 255, 255]), ("bytes", [255, 255, 255])):
-        pixels = decode_image(tmp_path / f"{name}.png", 8)
-        assert pixels is not None
-        assert pixels[:, 0, 0].tolist() == left
-        assert pixels[:, 0, 7].tolist() == [10, 200, 30]
-
-
-def test_cmyk_jpeg_and_webp(tmp_path: Path) -> None:
-    save(tmp_path / "print.jpg", (0, 255, 255, 0), mode="CMYK")
-    pixels = decode_image(tmp_path / "print.jpg", 8)
-    assert pixels is not None
-    assert np.abs(pixels[:, 0, 0].astype(int) - [255, 0, 0]).max() <= 8
-    Image.new("RGB", (8, 8), (10, 200, 30)).save(tmp_path / "image.webp", lossless=True)
-    pixels = decode_image(tmp_path / "image.webp", 8)
-    assert pixels is not None
-    assert pixels[:, 0, 0].tolist() == [10, 200, 30]
-
-
-def test_wide_integers_count_as_16_bit() -> None:
-    assert to_rgb(Image.new("I", (2, 2), 257 * 100)).getpixel((0, 0)) == (100, 100, 100)
-    assert to_rgb(Image.new("I;16B", (2, 2), 257 * 100)).getpixel((0, 0)) == (100, 100, 100)
-
-
-def test_floating_point_pixels_are_refused() -> None:
-    with pytest.raises(ValueError, match="floating-point pixels have no agreed range"):
-        to_rgb(Image.new("F", (8, 8), 0.5))
-
-
 # What cannot be read
+
+
+def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image_folder(tmp_path, 8, 4)
+    (tmp_path / "train" / "class_01" / "more").mkdir()
+    listed = os.scandir
+
+    def scandir(path: str | Path = ".") -> object:
+        if Path(path).name == "more":  # permissions would not stop a test that runs as root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(
+        DataError, match=r"class_01/more cannot be read \(Permission denied\); make it readable, or give --data another"
+    ):
+        load_data(str(tmp_path))
 
 
 def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
@@ -297,6 +273,10 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     assert "00004.png (no image that Pillow knows), " in message
     assert "00008.png (" in message
     assert message.endswith("; replace or remove them.")
+    (broken / "00008.png").unlink()
+    (broken / "00008.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"00008\.png \(No such file or directory\); replace or remove them"):
+        load_data(str(tmp_path))
     for index in (12, 16):
         (broken / f"{index:05d}.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"5 of 44 images cannot be read: .* and 2 more; replace or remove them"):
@@ -308,7 +288,9 @@ def test_pillows_size_limit_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     write_image_folder(tmp_path, 8, 4, size=8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # from here to twice the limit Pillow only warns
     with pytest.raises(
-        DataError, match=f"12 of 12 images cannot be read: .*more than Pillow's limit of {limit} pixels"
+        DataError,
+        match=f"12 of 12 images cannot be read: .* \\(more than Pillow's limit of {limit} pixels: a photo has to be "
+        r"scaled down\), .* and 9 more; replace or remove them",
     ):
         load_data(str(tmp_path))
 

@@ -45,7 +45,8 @@ def test_search_order(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_DATA", str(spots[1]))
     for seed, spot in enumerate(spots):
         splits = load_data("cifar100", data_dir=spots[0], val_fraction=0)
-        assert torch.equal(splits.train.images, torch.from_numpy(make_images(seed=seed).train)), spot
+        assert splits.test is not None
+        assert torch.equal(splits.test.images, torch.from_numpy(make_images(seed=seed).test)), spot
         (spot / "cifar-100-python").rename(spot / ".hidden")
 
 
@@ -205,7 +206,9 @@ def test_a_download_is_checked_kept_and_read(places: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
     for _ in range(2):  # the second time from the cache
-        assert torch.equal(load_data("cifar100", val_fraction=0).train.images, torch.from_numpy(made.train))
+        splits = load_data("cifar100")
+        assert splits.test is not None
+        assert torch.equal(splits.test.images, torch.from_numpy(made.test))
     url = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
     assert asked == [(url, "eb9058c3a382ffc7106e4002c42a8d85")]
     cache = downloads.data_cache()

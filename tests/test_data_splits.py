@@ -60,18 +60,19 @@ def test_file_order_does_not_matter(limit: int | None) -> None:
     first = make_splits(raw(images, test=image_set(20, seed=1)), limit=limit)
     second = make_splits(raw(shuffled(images, 5), test=shuffled(image_set(20, seed=1), 6)), limit=limit)
     assert contents(first.val) == contents(second.val)
-    assert contents(first.train) == contents(second.train)
+    assert image_digests(first.train) == image_digests(second.train)  # the same images in the same order
     assert (first.sha256, first.test_sha256) == (second.sha256, second.test_sha256)
 
 
-def test_images_keep_their_order() -> None:
-    images = image_set(100)
+def test_validation_and_test_images_keep_their_order() -> None:
+    images, test = image_set(100), image_set(20, seed=1)
     place = {digest: index for index, digest in enumerate(image_digests(images))}
-    splits = make_splits(raw(images), limit=30)
-    for part in (splits.train, splits.val):
-        assert part is not None
-        order = [place[digest] for digest in image_digests(part)]
-        assert order == sorted(order)
+    splits = make_splits(raw(images, test=test), limit=30)
+    assert splits.val is not None
+    assert splits.test is not None
+    order = [place[digest] for digest in image_digests(splits.val)]
+    assert order == sorted(order)
+    assert image_digests(splits.test) == image_digests(test)
 
 
 def test_another_seed_is_another_choice() -> None:
@@ -191,4 +192,4 @@ def test_choose_agrees_with_a_plain_ranking() -> None:
     expected = sorted(index for _, _, index in sorted(standing)[:17])
     mask = choose(images, digests, 17, salt="salt")
     assert np.flatnonzero(mask).tolist() == expected
-    assert torch.equal(take(images, mask).images, images.images[expected])
+    assert torch.equal(take(images, np.flatnonzero(mask)).images, images.images[expected])

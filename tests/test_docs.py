@@ -160,3 +160,13 @@ def test_the_quickstart_ends_with_a_prediction(
     label, chance = capsys.readouterr().out.split()
     assert label in ("daisy", "tulip")
     assert 0.5 <= float(chance) <= 1
+
+
+def test_every_test_that_reliability_md_names_exists() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", read("docs/reliability.md"))
+    rows = [
+        line for line in read("docs/reliability.md").splitlines() if line.startswith("| ") and "| test |" not in line
+    ]
+    assert len(named) == len(rows) > 20, "each row names one test"
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", read(f"tests/{file}"), re.MULTILINE), f"{file}::{name}"

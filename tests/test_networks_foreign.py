@@ -12,6 +12,7 @@ import torch
 from make_networks import StudentResNet50, StudentShared, StudentStages, used
 from torch import Tensor, nn
 
+import finetune  # noqa: F401  timm knows our networks after it
 from weights.errors import WeightsError
 from weights.load import load_into, read_tensors
 
@@ -109,26 +110,26 @@ def test_a_tensor_without_a_place_is_named() -> None:
     resnet = StudentResNet50(10, bias=True).state_dict()
     extra = "layer2.1.make_equal_channel.0.weight"
     assert refused("resnet50_layer4", {**resnet, extra: torch.zeros(256, 256, 1, 1)}) == (
-        f"student.pth: no place in finetune_resnet50_layer4 for {extra}, although other names are those of its "
-        "assignment; leave these out of the file, or give the --arch that it belongs to"
+        f"The weights (student.pth) do not fit finetune_resnet50_layer4: there is no place for {extra}, although other "
+        "names are those of its assignment; leave these out of the file, or give the --arch that it belongs to."
     )
     shared = StudentShared(10).state_dict()
-    assert "no place in finetune_figure1_shared for block5.bn.bias, " in refused(
+    assert "finetune_figure1_shared: there is no place for block5.bn.bias, " in refused(
         "figure1_shared", {**shared, "block5.bn.bias": torch.zeros(4)}
     )
     single = StudentStages(10, **SINGLE, flat=True).state_dict()
-    assert "no place in finetune_singlestage for norm.weight, " in refused(
+    assert "finetune_singlestage: there is no place for norm.weight, " in refused(
         "singlestage", {**single, "norm.weight": torch.zeros(4)}
     )
     multi = StudentStages(10, **MULTI, flat=True).state_dict()
-    assert "no place in finetune_singlestage for blocks.2.shortcut.0.weight, " in refused("singlestage", multi)
+    assert "finetune_singlestage: there is no place for blocks.2.shortcut.0.weight, " in refused("singlestage", multi)
 
 
 def test_another_number_of_blocks_and_what_is_missing() -> None:
     deep = StudentStages(10, (16, 32, 64), 3, flat=False).state_dict()
     assert refused("multistage", deep) == (
-        "student.pth: it holds 9 blocks, stage1.0 to stage3.2, and this network has 6; give the network as many, or "
-        "weights of another file"
+        "The weights (student.pth) do not fit finetune_multistage: it holds 9 blocks, stage1.0 to stage3.2, and the "
+        "network has 6; give the network as many, or another file."
     )
     shared = StudentShared(10).state_dict()
     del shared["block3.conv.weight"]
@@ -142,5 +143,5 @@ def test_files_of_other_networks_are_told_as_before() -> None:
     other = timm.create_model("test_resnet", num_classes=10).state_dict()
     for name in ("figure1_shared", "singlestage", "multistage", "resnet50_layer4", "vgg16"):
         model = timm.create_model(f"finetune_{name}", num_classes=10)
-        with pytest.raises(WeightsError, match="holds the weights of another network than finetune_"):
+        with pytest.raises(WeightsError, match="are those of another network than finetune_"):
             load_into(model, other, head=("fc",), where="file.pth")

@@ -277,7 +277,7 @@ def test_crop_with_views(done: Done, tmp_path: Path, rows_computed: list[int]) -
     run_again(done, tmp_path / "three", **crop, views=3)
     assert sum(rows_computed) == 3 * 43 + 5 + 20
     assert read_toml(tmp_path / "three" / "recipe.toml")["views"] == 3
-    assert read_toml(tmp_path / "live" / "recipe.toml")["views"] == 2
+    assert read_toml(tmp_path / "live" / "recipe.toml")["views"] == "auto"
 
 
 def test_training_everything_is_uncut_and_says_so(done: Done, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_batches_of_one_image(done: Done, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
-        (UsageError, {"arch": "resnet81"}, 'unknown architecture "resnet81"; did you mean resnet18'),
+        (UsageError, {"arch": "resnet81"}, 'Unknown architecture "resnet81"; did you mean resnet18'),
         (UsageError, {"train_layers": ("layer5",)}, "'layer5' names no layer of this model; did you mean layer4"),
         (UsageError, {"train_layers": ("act1",)}, "--train-layers act1 holds no parameter"),
         (UsageError, {"allow_missing": ("layer7",)}, 'has no layer "layer7"; did you mean'),

@@ -95,7 +95,7 @@ def test_a_disk_that_is_too_small_is_an_error() -> None:
 def test_views_that_are_used_once_are_not_kept_unless_they_are_there() -> None:
     reason = "every epoch has views of its own, so they are computed as it goes"
     assert placed(GB, fresh_each_epoch=True) == Placement("off", False, 0, reason)
-    assert placed(GB, fresh_each_epoch=True, held=GB).where == "ram"
+    assert placed(GB, fresh_each_epoch=True, held=GB).where == "off"  # what is held may be of another split
     assert placed(GB, fresh_each_epoch=True, mode="disk").where == "disk"
 
 
@@ -143,6 +143,7 @@ def make_plan(**changes: Any) -> Plan:
         "prefix": Choice("bf16", True, 300.0, 40.0, "fp32 100 img/s, bf16 300 img/s"),
         "training": Choice("fp32", False, 1000.0, 0.0, "fp32 1000 img/s"),
         "placement": Placement("ram", True, 11 * GB, "11.0 GB in memory, kept on disk for the next run"),
+        "window_share": 1.0,
         "feature_views": 105_000,
         "epochs": 8,
         "batch_size": 128,

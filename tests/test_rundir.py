@@ -121,6 +121,16 @@ def test_a_damaged_summary(begun: RunDirectory) -> None:
         begun.read_summary()
 
 
+def test_a_flipped_bit_in_a_checkpoint(begun: RunDirectory) -> None:
+    path = begun.path / "checkpoint.pt"
+    begun.write_checkpoint({"progress": {}, "tensor": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"checkpoint.pt is damaged \(\S*data/0 does not match its checksum\); delete"):
+        begun.read_checkpoint()
+
+
 @pytest.mark.parametrize("kind", ["empty", "text", "half", "tensor", "other", "code"])
 def test_a_damaged_checkpoint(begun: RunDirectory, kind: str) -> None:
     path = begun.path / "checkpoint.pt"

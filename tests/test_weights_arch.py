@@ -9,7 +9,7 @@ import timm.models
 from torch import nn
 
 from weights.arch import resolve_arch, weights_url
-from weights.errors import UsageError
+from weights.errors import UsageError, near_matches
 
 
 @pytest.fixture
@@ -69,17 +69,25 @@ def test_own_networks_resolve_without_a_tag(own_network: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("resnt18", r'^unknown architecture "resnt18"; did you mean resnet18, .+ or .+\?$'),
-        ("zzzzzzzz", '^unknown architecture "zzzzzzzz"; expected a timm name such as resnet18 or convnext_tiny$'),
-        ("", '^unknown architecture ""; expected a timm name'),
+        ("resnt18", r'^Unknown architecture "resnt18"; did you mean resnet18, .+ or .+\?$'),
+        ("zzzzzzzz", r'^Unknown architecture "zzzzzzzz"; expected a timm name such as resnet18 or convnext_tiny\.$'),
+        ("", '^Unknown architecture ""; expected a timm name'),
         ("resnet18.tvin1k", r'^resnet18 has no pretrained weights "tvin1k"; did you mean tv_in1k'),
-        ("resnet18.qqqq", r'^resnet18 has no pretrained weights "qqqq"; its tags are a1_in1k, a2_in1k, .*tv_in1k$'),
-        ("vit_base_patch16_224_in21k", "was renamed in timm; use vit_base_patch16_224.augreg_in21k$"),
+        ("resnet18.qqqq", r'^resnet18 has no pretrained weights "qqqq"; its tags are a1_in1k, a2_in1k, .*tv_in1k\.$'),
+        (
+            "vit_base_patch16_224_in21k",
+            r"^Architecture .* was renamed in timm; use vit_base_patch16_224\.augreg_in21k\.$",
+        ),
     ],
 )
 def test_unknown_names_name_near_matches(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve_arch(text)
+
+
+def test_a_near_match_is_offered_once() -> None:
+    assert near_matches("head.1", ["head", "stem", "head", "head.fc"]) == "; did you mean head or head.fc?"
+    assert near_matches("zzzz", ["head"]) == ""
 
 
 def test_arch_is_hashable_and_frozen() -> None:

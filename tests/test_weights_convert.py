@@ -43,7 +43,9 @@ def test_parameters_become_plain_tensors() -> None:
 
 @pytest.mark.parametrize("held", [{}, {"epoch": 3}, {"state_dict": {}}, [ONE], ONE, None])
 def test_no_tensors_is_an_error(held: object) -> None:
-    with pytest.raises(WeightsError, match=r"^no tensors found: it holds .+, where a state dict was expected"):
+    with pytest.raises(
+        WeightsError, match=r"^The checkpoint holds .+; expected a state dict, so give a file that holds one\.$"
+    ):
         plain_names(held)
 
 
@@ -76,6 +78,18 @@ def test_torchvision_densenet_names_are_converted_by_timm() -> None:
     old = {n.replace(".norm1.", ".norm.1.").replace(".conv1.", ".conv.1."): t for n, t in current.items()}
     assert set(old) != set(current)
     assert set(timm_names(old, model)) == set(current)
+
+
+def test_position_embeddings_are_resized_and_kernels_are_not() -> None:
+    small = timm.create_model("test_vit", img_size=32)
+    state = timm.create_model("test_vit", num_classes=3).state_dict()
+    resized = timm_names(state, small, head=("head",))
+    assert resized["pos_embed"].shape == small.state_dict()["pos_embed"].shape
+    assert all(resized[n] is t for n, t in state.items() if n != "pos_embed")
+    fine = timm.create_model("test_vit", img_size=32, patch_size=8).state_dict()
+    assert timm_names(fine, small)["patch_embed.proj.weight"] is fine["patch_embed.proj.weight"]
+    with pytest.raises(WeightsError, match=r"wrong shape: patch_embed\.proj\.weight \(64, 3, 8, 8\), expected "):
+        load_into(small, fine, head=("head",), where="file.pth")
 
 
 def test_fitting_names_and_hopeless_ones_stay_as_they_are() -> None:

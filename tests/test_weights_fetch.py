@@ -130,7 +130,7 @@ def test_without_a_network_the_error_names_places_and_ways_on(caches: Path) -> N
         download(arch, ["--weights-dir models"])
     text = str(error.value)
     assert text.startswith(
-        "no weights for resnet18.tv_in1k: searched --weights-dir models, Hugging Face hub timm/tiny ("
+        "Found no weights for resnet18.tv_in1k: searched --weights-dir models, Hugging Face hub timm/tiny ("
     )
     assert f"http://127.0.0.1:9/{GOOD} (" in text
     for way in ("--weights-dir", "--weights FILE", "--weights none", "run again with a network"):
@@ -170,7 +170,7 @@ def test_a_network_without_any_source_says_so() -> None:
     arch = arch_at()
     assert not has_source(arch)
     assert not has_source(arch_at("https://example.com/vit.npz"))
-    with pytest.raises(WeightsError, match=r"^timm knows no pretrained weights for resnet18\.tv_in1k.*--weights none"):
+    with pytest.raises(WeightsError, match=r"^There are no pretrained weights for resnet18\.tv_in1k.*--weights none"):
         download(arch)
 
 

@@ -87,8 +87,8 @@ def test_keep_head_loads_the_head_and_refuses_another_class_count(model: nn.Modu
 def test_an_absent_layer_is_an_error_that_names_it_and_the_option(model: nn.Module, tensors: Tensors) -> None:
     count = sum(n.startswith("layer4.") and not n.endswith("num_batches_tracked") for n in tensors)
     assert refused(model, without(tensors, "layer4.", "fc.")) == (
-        f"file.pth does not fit test_resnet: missing layer4 (all {count} tensors). "
-        "Next: give complete weights, or --allow-missing layer4 to start from random values there"
+        f"The weights (file.pth) do not fit test_resnet: missing layer4 (all {count} tensors). "
+        "Next: give complete weights, or --allow-missing layer4 to start from random values there."
     )
 
 
@@ -108,7 +108,7 @@ def test_an_absent_layer_that_is_allowed_starts_fresh(model: nn.Module, tensors:
 def test_half_a_layer_is_an_error_even_if_allowed(model: nn.Module, tensors: Tensors) -> None:
     message = refused(model, without(tensors, "layer4.0.conv2"), allow_missing=("layer4",))
     assert "tensors of layer4, and half a layer is more likely a mistake" in message
-    assert message.endswith("give --allow-missing layer4.0.conv2")
+    assert message.endswith("give --allow-missing layer4.0.conv2 to allow only what is absent.")
     account = load_into(
         model, without(tensors, "layer4.0.conv2"), head=("fc",), allow_missing=("layer4.0.conv2",), where="file.pth"
     )
@@ -165,21 +165,22 @@ def test_values_that_are_not_finite_are_refused(model: nn.Module, tensors: Tenso
     spoilt = tensors["layer2.0.conv1.weight"].clone()
     spoilt.view(-1)[7] = value
     message = refused(model, {**tensors, "layer2.0.conv1.weight": spoilt})
-    assert message.startswith("file.pth holds NaN or infinite values in layer2.0.conv1.weight")
+    assert message.startswith("The weights (file.pth) hold NaN or infinite values in layer2.0.conv1.weight")
 
 
 def test_weights_of_another_network_are_called_that() -> None:
     small, deep, wide = (timm.create_model(n) for n in ("resnet18", "resnet34", "resnet50"))
-    text = "file.pth holds the weights of another network than resnet18 (they look like resnet34): "
+    text = "The weights (file.pth) are those of another network than resnet18 (they look like resnet34): "
     assert refused(small, deep.state_dict()).startswith(text)
-    text = "file.pth holds the weights of another network than resnet18 (they look like resnet50): "
+    text = "The weights (file.pth) are those of another network than resnet18 (they look like resnet50): "
     assert refused(small, wide.state_dict()).startswith(text)
     assert "another network than resnet50 (they look like resnet18)" in refused(wide, small.state_dict())
     message = refused(deep, small.state_dict())
-    assert message.startswith("file.pth does not fit resnet34 (they look like resnet18): missing layer1.2 (all 10 ")
+    text = "The weights (file.pth) do not fit resnet34 (they look like resnet18): missing layer1.2 (all 10 "
+    assert message.startswith(text)
     vit = timm.create_model("test_vit")
     assert "another network than test_vit" in refused(vit, small.state_dict(), head=("head",))
-    assert "(they look like a vision transformer): of its 80 tensors" in refused(small, vit.state_dict())
+    assert "(they look like a vision transformer): of 80 tensors" in refused(small, vit.state_dict())
 
 
 def test_the_hash_ignores_order_and_layout_and_sees_everything_else() -> None:
@@ -276,7 +277,7 @@ def test_truncated_files_are_named(tmp_path: Path, kind: str, share: float) -> N
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.pth", b"", r"^a\.pth is empty; copy or download it again$"),
+        ("a.pth", b"", r"^a\.pth is empty; copy or download it again\.$"),
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer and not the weights"),
         ("a.pth", b"<!DOCTYPE html><html></html>", "is a web page and not weights"),
         ("a.npz", b"PK\x03\x04 and more", "is a NumPy file; expected safetensors or a state dict"),
@@ -293,13 +294,13 @@ def test_what_people_mistake_for_weights(tmp_path: Path, name: str, data: bytes,
 def test_files_without_tensors_and_absent_files(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "a.pth")
     with pytest.raises(
-        WeightsError, match=r"^a\.pth: no tensors found: it holds epoch, where a state dict was expected"
+        WeightsError, match=r"^a\.pth holds epoch and no tensors; expected a state dict, so give a file"
     ):
         read_tensors(tmp_path / "a.pth")
     torch.save([torch.ones(2)], tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match=r"^list\.pth: no tensors found: it holds a list"):
+    with pytest.raises(WeightsError, match=r"^list\.pth holds a list; expected a state dict"):
         read_tensors(tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match=r"^could not read the weights .*b\.pth: No such file"):
+    with pytest.raises(WeightsError, match=r"^Could not read the weights .*b\.pth \(No such file[^)]*\); give"):
         read_tensors(tmp_path / "b.pth")
 
 

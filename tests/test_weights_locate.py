@@ -79,14 +79,16 @@ def test_environment_names_the_folder_and_the_option_wins(tmp_path: Path, monkey
     assert offline().path == tmp_path / "a" / "resnet18.pth"
     assert offline(weights_dir=tmp_path / "b").path == tmp_path / "b" / "resnet18.pt"
     monkeypatch.setenv("FINETUNE_WEIGHTS", str(tmp_path / "absent"))
-    with pytest.raises(WeightsError, match=r"^\$FINETUNE_WEIGHTS names .*absent, which is not a folder$"):
+    with pytest.raises(
+        WeightsError, match=r"^\$FINETUNE_WEIGHTS names .*absent, which is not a folder; give one that is\.$"
+    ):
         offline()
 
 
 @pytest.mark.parametrize("pair", [("resnet18.pth", "resnet18.safetensors"), ("resnet18-a.pth", "resnet18-b.pth")])
 def test_two_candidates_are_an_error_that_lists_both(tmp_path: Path, pair: tuple[str, str]) -> None:
     put(tmp_path, *pair)
-    message = f"holds 2 files for resnet18.tv_in1k: {pair[0]} and {pair[1]}; name one with --weights FILE$"
+    message = f"holds 2 files for resnet18.tv_in1k: {pair[0]} and {pair[1]}; name one with --weights FILE\\.$"
     with pytest.raises(WeightsError, match=message):
         offline(str(tmp_path))
     with pytest.raises(WeightsError, match=message):
@@ -102,15 +104,15 @@ def test_a_folder_without_fitting_files_lists_what_is_there(tmp_path: Path) -> N
     put(tmp_path, "resnet50.pth", "notes.txt")
     with pytest.raises(WeightsError) as error:
         offline(str(tmp_path))
-    assert "no weights for resnet18.tv_in1k in" in str(error.value)
+    assert "Found no weights for resnet18.tv_in1k in" in str(error.value)
     assert "looked for resnet18.*, resnet18-*.*" in str(error.value)
-    assert str(error.value).endswith("it holds notes.txt, resnet50.pth")
+    assert str(error.value).endswith("it holds notes.txt, resnet50.pth.")
 
 
 def test_paths_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not exist; expected auto, none, a file or a folder"):
         offline(str(tmp_path / "absent.pth"))
-    with pytest.raises(WeightsError, match=r"^--weights-dir names .*, which is not a folder$"):
+    with pytest.raises(WeightsError, match=r"^--weights-dir names .*, which is not a folder; give one that is\.$"):
         offline(weights_dir=tmp_path / "absent")
 
 
@@ -164,11 +166,26 @@ def test_snapshots_of_other_tags_and_networks(tmp_path: Path) -> None:
     assert offline(str(other)).arch.full_name == "resnet18.a1_in1k"
     with pytest.raises(WeightsError, match=r"holds weights of resnet18\.a1_in1k, not of resnet18\.tv_in1k"):
         offline(str(other), arch="resnet18.tv_in1k")
-    with pytest.raises(WeightsError, match=r"^no weights for resnet18\.tv_in1k: searched --weights-dir"):
+    with pytest.raises(WeightsError, match=r"^Found no weights for resnet18\.tv_in1k: searched --weights-dir"):
         offline(weights_dir=other)
     wrong = snapshot(tmp_path / "r50", architecture="resnet50")
     with pytest.raises(WeightsError, match=r"holds weights of resnet50, not of resnet18\.tv_in1k: give --arch"):
         offline(str(wrong))
+
+
+def test_a_snapshot_with_a_tag_that_timm_does_not_know(tmp_path: Path) -> None:
+    found = offline(str(snapshot(tmp_path, tag="my_ft")))
+    assert found.arch.full_name == "resnet18"
+    assert found.arch.config["mean"] == (0.1, 0.2, 0.3)
+    with pytest.raises(WeightsError, match=r"weights of resnet18\.my_ft, not of .+: give --arch resnet18 instead\.$"):
+        offline(str(tmp_path), arch="resnet18.tv_in1k")
+
+
+def test_a_snapshot_without_preprocessing_has_the_networks_own(tmp_path: Path) -> None:
+    put(tmp_path, "model.safetensors")
+    for said in ({"pretrained_cfg": None}, {"pretrained_cfg": {"mean": None}}, {}):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", **said}), encoding="utf-8")
+        assert offline(str(tmp_path)).arch.config["mean"] == RESNET.config["mean"]
 
 
 def test_a_snapshot_in_a_folder_of_its_name(tmp_path: Path) -> None:
@@ -207,7 +224,7 @@ def test_nothing_anywhere_says_where_it_looked_and_three_ways_on(tmp_path: Path)
     with pytest.raises(WeightsError) as error:
         offline(weights_dir=tmp_path)
     text = str(error.value)
-    assert text.startswith(f"no weights for resnet18.tv_in1k: searched --weights-dir {tmp_path}, the torch hub cache")
+    assert text.startswith(f"Found no weights for resnet18.tv_in1k: searched --weights-dir {tmp_path}, the torch hub")
     assert "the Hugging Face cache" in text
     for way in ("--weights-dir", "--weights FILE", "--weights none", "run again with a network"):
         assert way in text

@@ -54,7 +54,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     def full(file: BinaryIO) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RunError, match=r"^could not write .*a: No space left on device; free the space or choose"):
+    with pytest.raises(RunError, match=r"^Could not write .*a: No space left on device; free the space or choose"):
         write_atomically(tmp_path / "a", full)
     assert names_in(tmp_path) == []
 
@@ -100,7 +100,7 @@ def test_read_about_of_other_files(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "odd.safetensors", {"finetune": "not json"})
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
     assert [read_about(tmp_path / n) for n in ("plain.safetensors", "odd.safetensors", "a.pth")] == [None] * 3
-    with pytest.raises(WeightsError, match=r"^no weight file at .*b\.pth$"):
+    with pytest.raises(WeightsError, match=r"^There is no weight file at .*b\.pth\.$"):
         read_about(tmp_path / "b.pth")
 
 

@@ -57,16 +57,16 @@ def resolve_arch(text: str) -> Arch:
     name, _, tag = text.strip().partition(".")
     if not timm.models.is_model(name):
         near = (
-            near_matches(name, timm.models.list_models()) or "; expected a timm name such as resnet18 or convnext_tiny"
+            near_matches(name, timm.models.list_models()) or "; expected a timm name such as resnet18 or convnext_tiny."
         )
-        raise UsageError(f'unknown architecture "{name}"{near}')
+        raise UsageError(f'Unknown architecture "{name}"{near}')
     renamed = timm.models.get_deprecated_models()
     if name in renamed:
-        now = f"renamed in timm; use {renamed[name]}" if renamed[name] else "removed from timm; choose another"
-        raise UsageError(f'architecture "{name}" was {now}')
+        now = f"renamed in timm; use {renamed[name]}." if renamed[name] else "removed from timm; choose another."
+        raise UsageError(f'Architecture "{name}" was {now}')
     tags = known_tags(name)
     if tag and tag not in tags:
-        near = near_matches(tag, tags) or f"; its tags are {', '.join(sorted(filter(None, tags))) or 'none'}"
+        near = near_matches(tag, tags) or f"; its tags are {', '.join(sorted(filter(None, tags))) or 'none'}."
         raise UsageError(f'{name} has no pretrained weights "{tag}"{near}')
     wanted = tag or PREFERRED_TAGS.get(name, "")
     found = timm.models.get_pretrained_cfg(f"{name}.{wanted}" if wanted else name)

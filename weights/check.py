@@ -70,7 +70,7 @@ def check_allowed(model: nn.Module, allow_missing: Iterable[str]) -> None:
     known = {name for name, _ in model.named_modules() if name} | set(model.state_dict())
     for layer in allow_missing:
         if layer not in known:
-            near = near_matches(layer, known) or f"; its layers are {', '.join(n for n, _ in model.named_children())}"
+            near = near_matches(layer, known) or f"; its layers are {', '.join(n for n, _ in model.named_children())}."
             raise UsageError(f'--allow-missing: {network_name(model)} has no layer "{layer}"{near}')
 
 
@@ -90,7 +90,7 @@ def check_same_network(
 
     Args:
         name: of the network.
-        where: of the file.
+        where: where they came from, for the message.
         given: the file's tensors outside the head.
         fitting: those of them with a place and the right shape.
         unexpected: names of those without a place.
@@ -104,9 +104,9 @@ def check_same_network(
     if not few and 4 * len(unexpected) <= len(given) and 8 * wrong <= len(given):
         return
     raise WeightsError(
-        f"{where} holds the weights of another network than {name}{_hint(given, needed)}: of its {len(given)} tensors "
-        f"outside the head {len(fitting)} fit, {wrong} differ in shape and {len(unexpected)} have no place; "
-        "give the --arch they belong to, or other weights"
+        f"The weights ({where}) are those of another network than {name}{_hint(given, needed)}: of {len(given)} "
+        f"tensors outside the head {len(fitting)} fit, {wrong} differ in shape and {len(unexpected)} have no place; "
+        "give the --arch they belong to, or other weights."
     )
 
 
@@ -116,7 +116,7 @@ def check_whole_layers(
     """Check that a layer which may be missing is absent as a whole, or there as a whole.
 
     Args:
-        where: of the file.
+        where: where they came from, for the message.
         allow_missing: dotted module or tensor names.
         needed: the model's tensors that the file should hold, by name.
         missing: names of those it does not hold.
@@ -130,8 +130,8 @@ def check_whole_layers(
         if absent and len(absent) < len(names):
             parts = _allowable(absent, needed)
             raise WeightsError(
-                f"{where} holds {len(names) - len(absent)} of the {len(names)} tensors of {layer}, and half a layer is "
-                f"more likely a mistake; to allow only what is absent give --allow-missing {parts}"
+                f"The weights ({where}) hold {len(names) - len(absent)} of the {len(names)} tensors of {layer}, and "
+                f"half a layer is more likely a mistake; give --allow-missing {parts} to allow only what is absent."
             )
 
 
@@ -142,7 +142,7 @@ def check_complete(
 
     Args:
         name: of the network.
-        where: of the file.
+        where: where they came from, for the message.
         needed: the model's tensors outside the head, by name.
         missing: names of those that are absent without leave.
         given: the file's tensors.
@@ -165,7 +165,8 @@ def check_complete(
     if wrong and not missing:
         ways = ["give the weights of this --arch"]
     raise WeightsError(
-        f"{where} does not fit {name}{_hint(given, needed)}: {'; '.join(problems)}. Next: {', or '.join(ways)}"
+        f"The weights ({where}) do not fit {name}{_hint(given, needed)}: {'; '.join(problems)}. "
+        f"Next: {', or '.join(ways)}."
     )
 
 
@@ -173,7 +174,7 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Check that there is no NaN and no infinity.
 
     Args:
-        where: of the file.
+        where: where they came from, for the message.
         tensors: what is about to be loaded.
 
     Raises:
@@ -182,7 +183,7 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
     bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise WeightsError(
-            f"{where} holds NaN or infinite values in {some(bad)}; these weights are spoilt, give others"
+            f"The weights ({where}) hold NaN or infinite values in {some(bad)}; they are spoilt, so give others."
         )
 
 

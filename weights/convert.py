@@ -3,6 +3,7 @@
 A file holds a state dict, or a training checkpoint with one inside, often with prefixes that wrappers left
 (`module.` from data parallel, `_orig_mod.` from torch.compile, `model.` from Lightning). Where timm has a conversion of
 its own for an architecture (original ConvNeXt, ViT and DeiT files, torchvision's VGG and DenseNet), that one is used.
+It also resizes position embeddings to the model's image size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import timm.models
 from torch import Tensor, nn
 
+from weights.check import misfit, under
 from weights.errors import WeightsError
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "network", "weights")
@@ -36,13 +38,14 @@ _FOREIGN_FAILURES = (
 )
 
 
-def plain_names(checkpoint: object) -> dict[str, Tensor]:
+def plain_names(checkpoint: object, where: str = "The checkpoint") -> dict[str, Tensor]:
     """Take the state dict out of a checkpoint and strip wrappers' prefixes from its names.
 
     A prefix is stripped only when every name has it, as often as it is there. Other entries than tensors are left out.
 
     Args:
         checkpoint: a state dict, or a mapping that holds one under a usual key, nested or not.
+        where: what to call it in messages, as the first word of a sentence.
 
     Returns:
         Tensors by plain name, detached, in the order of the file.
@@ -50,26 +53,30 @@ def plain_names(checkpoint: object) -> dict[str, Tensor]:
     Raises:
         WeightsError: when there are no tensors in it.
     """
-    found = _unwrap(checkpoint)
+    found = _unwrap(checkpoint, where)
     tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
     tensors.pop("n_averaged", None)  # the counter of torch's AveragedModel, beside its `module.` names
     if not tensors:
         keys = ", ".join(sorted(map(str, found))[:6]) or "nothing"
-        raise WeightsError(f"no tensors found: it holds {keys}, where a state dict was expected")
+        raise WeightsError(
+            f"{where} holds {keys} and no tensors; expected a state dict, so give a file that holds one."
+        )
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), ""):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Apply timm's own conversion of foreign names, when there is one and it helps.
+def timm_names(tensors: Mapping[str, Tensor], model: nn.Module, head: Collection[str] = ()) -> dict[str, Tensor]:
+    """Apply timm's own conversion of foreign names and of position embeddings for another image size, if it helps.
 
-    The conversion is tried only when names that the model needs are absent, and kept only when more of them are there
-    afterwards: timm's functions are written for the files they know, and may fail on, or spoil, any other.
+    The conversion is tried only when tensors that the model needs are absent or of another shape, and kept only when
+    more of them fit afterwards: timm's functions are written for the files they know, and may fail on, or spoil, any
+    other. A kernel that it resampled is put back: weights with other patches are those of another network.
 
     Args:
         tensors: tensors by name, as `plain_names` gives them.
         model: the timm model they are for.
+        head: module names of the classifier, whose tensors need not fit.
 
     Returns:
         The converted tensors, or the given ones unchanged.
@@ -77,7 +84,7 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     Raises:
         WeightsError: one of our own networks' conversions knows the names and finds tensors that have no place.
     """
-    wanted = model.state_dict().keys()
+    wanted = {name: place for name, place in model.state_dict().items() if not under(name, head)}
     convert = _timm_filter(model)
     if convert is None or _fitting(tensors, wanted) == len(wanted):
         return dict(tensors)
@@ -87,20 +94,29 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     except _FOREIGN_FAILURES:
         return dict(tensors)
     named = {k: v for k, v in converted.items() if isinstance(v, Tensor)} if isinstance(converted, dict) else {}
+    for name in named.keys() & tensors.keys():
+        if named[name].numel() != tensors[name].numel() and _is_kernel(model, name):
+            named[name] = tensors[name]
     return named if _fitting(named, wanted) > _fitting(tensors, wanted) else dict(tensors)
 
 
-def _unwrap(checkpoint: object) -> Mapping[Any, Any]:
+def _unwrap(checkpoint: object, where: str) -> Mapping[Any, Any]:
     if not isinstance(checkpoint, Mapping):
-        raise WeightsError(f"no tensors found: it holds a {type(checkpoint).__name__}, where a state dict was expected")
+        kind = type(checkpoint).__name__
+        raise WeightsError(f"{where} holds a {kind}; expected a state dict, so give a file that holds one.")
     if any(isinstance(value, Tensor) for value in checkpoint.values()):
         return checkpoint
     inner = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
-    return checkpoint if inner is None else _unwrap(inner)
+    return checkpoint if inner is None else _unwrap(inner, where)
 
 
-def _fitting(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> int:
-    return sum(name in tensors for name in wanted)
+def _fitting(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int:
+    return sum(name in tensors and not misfit(tensors[name], place) for name, place in wanted.items())
+
+
+def _is_kernel(model: nn.Module, name: str) -> bool:
+    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    return isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def _timm_filter(model: nn.Module) -> Callable[..., Any] | None:

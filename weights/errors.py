@@ -60,7 +60,7 @@ def near_matches(name: str, known: Iterable[str], *, limit: int = 3) -> str:
         known: every name that would have been right.
         limit: how many to offer at most.
     """
-    near = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.6)
     if not near:
         return ""
     listed = near[0] if len(near) == 1 else ", ".join(near[:-1]) + " or " + near[-1]

@@ -33,7 +33,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TORCHVISION = "download.pytorch.org"
 _WAYS_ON = (
     "Put the file in --weights-dir, name it with --weights FILE, start from random weights with --weights none, "
-    "or run again with a network"
+    "or run again with a network."
 )
 
 
@@ -68,10 +68,10 @@ def not_found(arch: Arch, searched: Sequence[str]) -> WeightsError:
     """
     if not has_source(arch):
         return WeightsError(
-            f"timm knows no pretrained weights for {arch.full_name}, and none were found in {_listed(searched)}. "
-            "Give --weights FILE, or --weights none to start from random weights"
+            f"There are no pretrained weights for {arch.full_name} in timm, and none in {_listed(searched)}. "
+            "Give --weights FILE, or --weights none to start from random weights."
         )
-    return WeightsError(f"no weights for {arch.full_name}: searched {_listed(searched)}. {_WAYS_ON}")
+    return WeightsError(f"Found no weights for {arch.full_name}: searched {_listed(searched)}. {_WAYS_ON}")
 
 
 def has_source(arch: Arch) -> bool:

@@ -50,6 +50,7 @@ class Account:
         unexpected: names in the file that the model has no place for.
         sha256: identity of the loaded tensors, as `hash_tensors` gives it; the file's format does not matter.
         fresh_layers: what the user wrote in `allow_missing` and was needed.
+        resized: loaded ones that were interpolated to the model's image size, such as position embeddings.
     """
 
     loaded: tuple[str, ...]
@@ -58,10 +59,13 @@ class Account:
     unexpected: tuple[str, ...]
     sha256: str
     fresh_layers: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """Return the account as one line for the terminal."""
         parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.resized:
+            parts.append(f"resized to the image size: {some(self.resized)}")
         if self.reinitialised:
             head = dict.fromkeys(name.rpartition(".")[0] for name in self.reinitialised)
             parts.append(f"the head ({', '.join(head)}) starts fresh")
@@ -92,16 +96,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
-        raise WeightsError(f"could not read the weights {path}: {error.strerror}") from error
+        raise WeightsError(
+            f"Could not read the weights {path} ({error.strerror}); give a file that can be read."
+        ) from error
     json_header = start[8:9] == b"{"  # safetensors: eight bytes of length, then JSON
     if not json_header:
         _refuse_impostors(path, start)
     torch_saved = start.startswith((b"PK", b"\x80"))  # a zip archive, or a bare pickle as before torch 1.6
     checkpoint = _read_pickle(path) if torch_saved and not json_header else _read_safetensors(path)
-    try:
-        return plain_names(checkpoint)
-    except WeightsError as error:
-        raise WeightsError(f"{path.name}: {error}") from error
+    return plain_names(checkpoint, path.name)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -138,7 +141,7 @@ def load_into(
         tensors: tensors by name, as `read_tensors` gives them.
         head: module names of the classifier, such as ("fc",); not loaded unless `keep_head`.
         allow_missing: dotted module or tensor names that may be absent and start fresh.
-        where: what to call the file in messages.
+        where: where the tensors came from, for messages.
         keep_head: load the head too, to continue from a checkpoint with the same classes.
 
     Raises:
@@ -148,9 +151,9 @@ def load_into(
     wanted = model.state_dict()
     check_allowed(model, allow_missing)
     try:
-        given = timm_names(tensors, model)
+        given = timm_names(tensors, model, () if keep_head else head)
     except WeightsError as error:  # the network knows this kind of file, and something in it has no place
-        raise WeightsError(f"{where}: {error}") from error
+        raise WeightsError(f"The weights ({where}) do not fit {network_name(model)}: {error}") from error
     reinitialised = () if keep_head else tuple(n for n in wanted if under(n, head))
     body = {n: t for n, t in wanted.items() if n not in reinitialised}
     given_body = {n: t for n, t in given.items() if keep_head or not under(n, head)}
@@ -171,19 +174,20 @@ def load_into(
     loaded = model.state_dict()
     used = tuple(a for a in allow_missing if any(under(n, (a,)) for n in fresh))
     digest = hash_tensors({n: loaded[n] for n in fitting})
-    return Account(tuple(fitting), reinitialised, fresh, unexpected, digest, used)
+    resized = tuple(n for n, t in fitting.items() if n in tensors and t.numel() != tensors[n].numel())
+    return Account(tuple(fitting), reinitialised, fresh, unexpected, digest, used, resized)
 
 
 def _refuse_impostors(path: Path, start: bytes) -> None:
     """Name the files that are mistaken for weights most often."""
     if not start:
-        raise WeightsError(f"{path.name} is empty; copy or download it again")
+        raise WeightsError(f"{path.name} is empty; copy or download it again.")
     if start.startswith(b"version https://"):
-        raise WeightsError(f"{path.name} is a Git LFS pointer and not the weights; fetch the file with `git lfs pull`")
+        raise WeightsError(f"{path.name} is a Git LFS pointer and not the weights; fetch the file with `git lfs pull`.")
     if start.lstrip().startswith(b"<"):
-        raise WeightsError(f"{path.name} is a web page and not weights; download it again")
+        raise WeightsError(f"{path.name} is a web page and not weights; download it again.")
     if path.suffix in (".npz", ".npy"):
-        raise WeightsError(f"{path.name} is a NumPy file; expected safetensors or a state dict saved with torch.save")
+        raise WeightsError(f"{path.name} is a NumPy file; expected safetensors or a state dict saved with torch.save.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -209,11 +213,11 @@ def _read_pickle(path: Path) -> object:
         named = f" ({some(held)})" if held else ""
         raise WeightsError(
             f"{path.name} is a pickle that holds more than tensors{named} and could run code, so it was not loaded; "
-            "save its state_dict() with safetensors or torch.save and give that"
+            "save its state_dict() with safetensors or torch.save and give that."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if "TorchScript" in str(error):
-            raise WeightsError(f"{path.name} is a TorchScript program; save its state_dict() and give that") from error
+            raise WeightsError(f"{path.name} is a TorchScript program; save its state_dict() and give that.") from error
         raise _damaged(path, error) from error
 
 
@@ -228,5 +232,5 @@ def _damaged(path: Path, error: Exception) -> WeightsError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     size = path.stat().st_size
     return WeightsError(
-        f"{path.name} is truncated, damaged or not a weight file ({size:,} bytes: {reason}); copy or download it again"
+        f"{path.name} is truncated, damaged or not a weight file ({size:,} bytes: {reason}); copy or download it again."
     )

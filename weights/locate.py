@@ -75,7 +75,7 @@ def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *
     folder, option = _local_folder(weights_dir)
     if folder:
         if not folder.is_dir():
-            raise WeightsError(f"{option} names {folder}, which is not a folder")
+            raise WeightsError(f"{option} names {folder}, which is not a folder; give one that is.")
         best = _best_in(folder, arch)
         if best:
             return Found(best.path, best.arch, f"local file {best.label}")
@@ -103,12 +103,12 @@ def _given(arch: Arch, path: Path) -> Found:
         if best is None:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
             raise WeightsError(
-                f"no weights for {arch.full_name} in {path}: looked for {arch.name}.*, {arch.name}-*.* "
-                f"({', '.join(SUFFIXES)}) or config.json with model.safetensors; it holds {there}"
+                f"Found no weights for {arch.full_name} in {path}: looked for {arch.name}.*, {arch.name}-*.* "
+                f"({', '.join(SUFFIXES)}) or config.json with model.safetensors; it holds {there}."
             )
         return Found(best.path, best.arch, f"local file {best.label}")
     if not path.is_file():
-        raise WeightsError(f"--weights names {path}, which does not exist; expected auto, none, a file or a folder")
+        raise WeightsError(f"--weights names {path}, which does not exist; expected auto, none, a file or a folder.")
     if path.name in HUB_FILES and (snapshot := _snapshot(path.parent, arch, given=True)):
         return Found(path, snapshot.arch, f"local file {path.name}")
     tag = _tag_of(_stem(path.name), arch)
@@ -124,7 +124,7 @@ def _best_in(folder: Path, arch: Arch, *, given: bool = False) -> _Candidate | N
     if len(best) > 1:
         names = " and ".join(c.label for c in best)
         raise WeightsError(
-            f"{folder} holds {len(best)} files for {arch.full_name}: {names}; name one with --weights FILE"
+            f"{folder} holds {len(best)} files for {arch.full_name}: {names}; name one with --weights FILE."
         )
     return best[0] if best else None
 
@@ -162,27 +162,33 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{folder / 'config.json'} is not readable as JSON: {error}") from error
+        raise WeightsError(
+            f"{folder / 'config.json'} is not readable as JSON ({error}); mend it, or name a file with --weights FILE."
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return None  # a snapshot of some other library
     name, _, tag = config["architecture"].partition(".")
-    own = config.get("pretrained_cfg", config)
+    own = config.get("pretrained_cfg")
+    own = own if isinstance(own, dict) else config  # null, or the flat form of older snapshots
     tag = tag or own.get("tag") or ""
     full = f"{name}.{tag}" if tag else name
     if name != arch.name or (tag and tag != arch.tag and (arch.tag_given or not given)):
         if given:
-            raise WeightsError(f"{folder} holds weights of {full}, not of {arch.full_name}: give --arch {full}")
+            way = full if tag in known_tags(name) else name
+            raise WeightsError(f"{folder} holds weights of {full}, not of {arch.full_name}: give --arch {way} instead.")
         return None
     return _Candidate(weights, _with_config(arch, tag, own, config), bool(tag) and tag == arch.tag, weights.name)
 
 
 def _with_config(arch: Arch, tag: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Arch:
-    merged = {**arch.config, **{k: v for k, v in own.items() if k not in _SOURCE_KEYS and k != "architecture"}}
+    said = {k: v for k, v in own.items() if v is not None and k not in _SOURCE_KEYS and k != "architecture"}
+    merged = {**arch.config, **said}
     for key in ("input_size", "mean", "std"):
         merged[key] = tuple(merged[key])
     if "num_classes" in config:
         merged["num_classes"] = config["num_classes"]
-    return replace(arch, tag=tag, config=merged)
+    # a tag of somebody's own: timm would not build a network of that name
+    return replace(arch, tag=tag if tag in known_tags(arch.name) else "", config=merged)
 
 
 def _with_tag(arch: Arch, tag: str, name: str) -> Arch:
@@ -191,7 +197,7 @@ def _with_tag(arch: Arch, tag: str, name: str) -> Arch:
         return arch
     if arch.tag_given:
         other = f"{arch.name}.{tag}"
-        raise WeightsError(f"{name} holds weights of {other}, not of {arch.full_name}: give --arch {other}")
+        raise WeightsError(f"{name} holds weights of {other}, not of {arch.full_name}: give --arch {other} instead.")
     return replace(arch, tag=tag, config=known_tags(arch.name)[tag])
 
 

@@ -52,9 +52,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object] | bytes) ->
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunError(f"could not write {path}: {reason}; free the space or choose another folder") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save answers the system's refusal with a RuntimeError of its own, in whose context the refusal is.
+        refusal = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refusal, OSError):
+            raise
+        reason = refusal.strerror or str(refusal)
+        raise RunError(f"Could not write {path}: {reason}; free the space or choose another folder.") from refusal
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -85,7 +89,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
         WeightsError: when there is no such file.
     """
     if not Path(path).is_file():
-        raise WeightsError(f"no weight file at {path}")
+        raise WeightsError(f"There is no weight file at {path}.")
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.networks.classifier import Classifier
-from weights.check import network_name, some
+from weights.check import some
 from weights.errors import WeightsError
 
 _NORM_BEHIND = ((r"conv(\d)$", r"bn\1"), (r"shortcut\.0$", "shortcut.1"))
@@ -61,8 +61,8 @@ def require_blocks(theirs: Sequence[str], ours: Sequence[str]) -> None:
     """
     if len(theirs) != len(ours):
         raise WeightsError(
-            f"it holds {len(theirs)} blocks, {theirs[0]} to {theirs[-1]}, and this network has {len(ours)}; give the "
-            "network as many, or weights of another file"
+            f"it holds {len(theirs)} blocks, {theirs[0]} to {theirs[-1]}, and the network has {len(ours)}; give the "
+            "network as many, or another file."
         )
 
 
@@ -96,8 +96,8 @@ def rename(tensors: Mapping[str, Tensor], places: Mapping[str, str], model: Clas
             homeless.append(name)
     if homeless:
         raise WeightsError(
-            f"no place in {network_name(model)} for {some(homeless)}, although other names are those of its "
-            "assignment; leave these out of the file, or give the --arch that it belongs to"
+            f"there is no place for {some(homeless)}, although other names are those of its assignment; leave these "
+            "out of the file, or give the --arch that it belongs to."
         )
     for mean, bias in surplus.items():
         renamed[mean] = renamed[mean] - bias

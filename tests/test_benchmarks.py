@@ -1,0 +1,130 @@
+"""The benchmarks run on tiny data, and their arithmetic is right; what they measure is nobody's test."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_data import write_cifar100_python
+
+from finetune.data import load_data
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def whole_job(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("whole_job")
+
+
+def figures(**known: float) -> dict[str, float]:
+    names = ("features", "train", "eval", "test_features", "test", "sample", "start", "checkpoint")
+    return {**dict.fromkeys(names, 0.0), **known}
+
+
+def test_the_job_is_projected_as_the_documents_say(whole_job: Any) -> None:
+    script = figures(start=10, train=50, eval=100)
+    assert whole_job.epoch_seconds(script) == 1000 + 100
+    assert whole_job.job_seconds(script) == 10 + 15 * 1100
+    cached = figures(
+        start=30, features=110, train=500, eval=1000, checkpoint=2, test_features=50, test=100, sample=200
+    )  # fmt: skip
+    assert whole_job.epoch_seconds(cached) == 100 + 10 + 2
+    assert whole_job.job_seconds(cached) == 30 + 1000 + 15 * 112 + 200 + 100 + 50
+
+
+def test_every_candidate_reads_the_same_part_of_the_data(whole_job: Any, tmp_path: Path) -> None:
+    write_cifar100_python(tmp_path / "all", 40, 20)
+    whole, name = load_data(str(tmp_path / "all"), val_fraction=0), "cifar100"
+    assert whole_job.write_part(str(tmp_path / "all"), tmp_path / "part", 24, 8) == name
+    part = load_data(str(tmp_path / "part"), val_fraction=0)
+    assert part.test is not None
+    assert whole.test is not None
+    assert part.classes == whole.classes
+    assert torch.equal(part.train.images, whole.train.images[:24])
+    assert torch.equal(part.train.labels, whole.train.labels[:24])
+    assert torch.equal(part.test.images, whole.test.images[:8])
+    with pytest.raises(SystemExit, match=r"40 training and 20 test images, and 41 and 8 are wanted; lower --images"):
+        whole_job.write_part(str(tmp_path / "all"), tmp_path / "more", 41, 8)
+
+
+def test_a_run_is_taken_apart_and_chooses_as_for_the_whole_job(whole_job: Any, tmp_path: Path) -> None:
+    write_cifar100_python(tmp_path / "data", 40, 20)
+    watched_run = importlib.import_module("watched_run").watched_run
+    found = watched_run(
+        tmp_path / "data", "layer4,fc", tmp_path, arch="test_resnet", weights="none", image_size=32, batch_size=8,
+        device="cpu", compile="off", val_fraction=0.2,
+    )  # fmt: skip
+    phases = ("features", "train", "eval", "test_features", "test", "sample", "checkpoint", "known")
+    assert all(found[phase] > 0 for phase in phases)
+    remembered = [json.loads(path.read_text())["about"] for path in (tmp_path / "cache/measurements").glob("*.json")]
+    work = {about["part"]: about["work"] for about in remembered}
+    assert work == {part: count.bit_length() for part, count in whole_job.WORK.items()}
+
+
+def test_the_parts_of_a_network_add_up(whole_job: Any, tmp_path: Path) -> None:
+    write_cifar100_python(tmp_path / "all", 40, 20)
+    utilisation = importlib.import_module("utilisation")
+    args = argparse.Namespace(
+        data=str(tmp_path / "all"), images=16, arch="test_resnet", train_layers="layer4,fc", weights="none",
+        allow_missing="", image_size=32, rounds=1, batch_size=8, compile="off", windows="off",
+    )  # fmt: skip
+    parts, _ = utilisation.prepare_parts(args, tmp_path)
+    work = {part.name: part.multiply_adds for part in parts}
+    whole = work["whole model, evaluation"]
+    assert work["prefix"] + work["suffix, evaluation"] == whole
+    assert 2 * whole < work["whole model, training"] < 3 * whole  # the first layer needs no gradient of the images
+    assert 2 * work["suffix, evaluation"] < work["suffix, training"] < 3 * work["suffix, evaluation"]
+    found = utilisation.measure(parts, 1, 32)
+    assert list(found) == ["matrix product", *work]
+    assert all(rate > 0 for (rate,) in found.values())
+
+
+def test_the_script_runs_in_a_process_of_its_own_whose_memory_is_watched(whole_job: Any, tmp_path: Path) -> None:
+    write_cifar100_python(tmp_path / "all", 60, 20)
+    whole_job.write_part(str(tmp_path / "all"), tmp_path / "part", 48, 8)
+    options = {
+        "--step": "script bf16", "--folder": tmp_path, "--train-layers": "fc", "--arch": "test_resnet",
+        "--images": 32, "--batch-size": 8, "--image-size": 32,
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "run_vs_script.py"),
+        *(str(word) for pair in options.items() for word in pair),
+    ]
+    done = importlib.import_module("record").run_process(command)
+    measured = json.loads(done.output)
+    assert measured["train"] > 0
+    assert measured["eval"] > 0
+    assert measured["known"] < done.seconds
+    assert 0.1 < done.peak < 16
+
+
+def test_a_process_that_fails_says_why(whole_job: Any) -> None:
+    run_process = importlib.import_module("record").run_process
+    with pytest.raises(SystemExit, match=r"ended with 3:\nno luck"):
+        run_process([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"])
+
+
+def test_a_result_is_dated_and_never_overwritten(whole_job: Any, tmp_path: Path) -> None:
+    write_result = importlib.import_module("record").write_result
+    about = {"date": "2026-01-02", "command": "python b.py", "commit": "abc"}
+    first = write_result(tmp_path, "speed", about, "| a |", {"a": [1.5]})
+    second = write_result(tmp_path, "speed", about, "| b |", {})
+    assert (first.name, second.name) == ("2026-01-02-speed.md", "2026-01-02-speed-2.md")
+    assert {"    python b.py", "- commit: abc", "| a |"} <= set(first.read_text().splitlines())
+    assert json.loads(first.with_suffix(".json").read_text()) == {"conditions": about, "figures": {"a": [1.5]}}
+
+
+def test_a_recorded_command_names_no_folder_of_one_machine(whole_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = importlib.import_module("record")
+    script = str(record.ROOT / "benchmarks" / "utilisation.py")
+    monkeypatch.setattr(sys, "argv", [script, "--data", "/somewhere/private/cifar", "--rounds", "3"])
+    assert record.command_line() == "python benchmarks/utilisation.py --data .../cifar --rounds 3"
