@@ -80,6 +80,9 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module, head: Collection
 
     Returns:
         The converted tensors, or the given ones unchanged.
+
+    Raises:
+        WeightsError: one of our own networks' conversions knows the names and finds tensors that have no place.
     """
     wanted = {name: place for name, place in model.state_dict().items() if not under(name, head)}
     convert = _timm_filter(model)

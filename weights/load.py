@@ -150,7 +150,10 @@ def load_into(
     """
     wanted = model.state_dict()
     check_allowed(model, allow_missing)
-    given = timm_names(tensors, model, () if keep_head else head)
+    try:
+        given = timm_names(tensors, model, () if keep_head else head)
+    except WeightsError as error:  # the network knows this kind of file, and something in it has no place
+        raise WeightsError(f"The weights ({where}) do not fit {network_name(model)}: {error}") from error
     reinitialised = () if keep_head else tuple(n for n in wanted if under(n, head))
     body = {n: t for n, t in wanted.items() if n not in reinitialised}
     given_body = {n: t for n, t in given.items() if keep_head or not under(n, head)}
