@@ -11,7 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import cache, demo, layers, run
+from cli import baseline, cache, compare, demo, layers, run
+from cli import list as listing
 from finetune.allocator import tune_allocator
 from weights.errors import FinetuneError, StoppedError
 
@@ -41,7 +42,10 @@ app = typer.Typer(
     help="Fine-tune a pretrained image classifier: the layers that do not train are computed once.",
 )
 app.command("run")(run.run_command)
+app.command("baseline")(baseline.baseline_command)
 app.command("layers")(layers.layers_command)
+app.command("compare")(compare.compare_command)
+app.command("list")(listing.list_command)
 app.command("demo")(demo.demo_command)
 app.add_typer(cache.app, name="cache")
 

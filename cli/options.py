@@ -14,29 +14,37 @@ from finetune.recipe import AUTO, Recipe, flag, from_table, read_toml, to_table
 from weights.errors import UsageError
 
 PANELS = {
-    "What to train": ("arch", "train_layers", "weights", "weights_dir", "allow_missing", "image_size"),
+    "What to train": (
+        "arch", "train_layers", "weights", "weights_dir", "allow_missing", "keep_head", "image_size",
+    ),
+    "Network": ("blocks", "shortcut", "hidden", "dropout"),
     "Data": ("data", "data_dir", "labels", "augment", "views", "windows", "val_fraction", "limit"),
     "Training": (
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
-        "label_smoothing", "ema", "patience", "seed",
+        "label_smoothing", "ema", "budget", "patience", "seed",
     ),
     "Machine": ("device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget"),
 }  # fmt: skip
 
 
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def recipe_options(
+    command: Callable[..., Any], *, without: tuple[str, ...] = (), shown: dict[str, str] | None = None
+) -> Callable[..., Any]:
     """Give a command an option for every recipe setting; it receives them as `settings`, only those that were given.
 
     Args:
         command: takes `settings: dict[str, Any]` first and its own typed options after it.
+        without: settings that the command decides itself.
+        shown: what help shows as the default of some settings, where the command's differ from `Recipe`'s.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "settings"]
     panel_of = {name: panel for panel, names in PANELS.items() for name in names}
-    parameters = [_parameter(item, panel_of[item.name]) for item in dataclasses.fields(Recipe)]
+    wanted = [item for item in dataclasses.fields(Recipe) if item.name not in without]
+    parameters = [_parameter(item, panel_of[item.name], (shown or {}).get(item.name)) for item in wanted]
 
     def run(**given: Any) -> Any:
-        names = {item.name for item in dataclasses.fields(Recipe)}
+        names = {item.name for item in wanted}
         settings = {name: value for name, value in given.items() if name in names and value is not None}
         rest = {name: value for name, value in given.items() if name not in names}
         return command(_lists(settings), **rest)
@@ -47,9 +55,14 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _parameter(item: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
+def _parameter(item: dataclasses.Field[Any], panel: str, default: str | None) -> inspect.Parameter:
     """Return one setting as a Typer parameter; None means "not given"."""
     kind = str(item.type)
+    if kind == "bool":
+        switch = typer.Option(flag(item.name), help=item.metadata["help"], rich_help_panel=panel, show_default="False")
+        return inspect.Parameter(
+            item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, switch]
+        )
     python = next(
         (known for name, known in (("int", int), ("float", float), ("Path", Path)) if kind.startswith(name)), str
     )
@@ -59,7 +72,7 @@ def _parameter(item: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
     option = typer.Option(
         flag(item.name),
         help=item.metadata["help"],
-        show_default=shown or "none",
+        show_default=default or shown or "none",
         rich_help_panel=panel,
         metavar="|".join(choices) if choices else "INTEGER" if python is int else None,
         parser=_whole_number_or_auto(item.name) if kind == "int | None" else None,

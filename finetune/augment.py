@@ -78,7 +78,10 @@ def make_views(kind: str, images: int, side: int, *, count: int | None, seed: in
     count = count or 1
     span = 2 * max(1, side // CROP_SHARE) + 1
     shifts = torch.randint(span, (count, images, 2), generator=generator)
-    mirrored = torch.randint(2, (count, images, 1), generator=generator)
+    # Mirrored in every other view, beginning at random: two views in a row always show both sides (Jordan 2024, "94% on
+    # CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.6, "alternating flip").
+    first = torch.randint(2, (1, images, 1), generator=generator)
+    mirrored = (first + torch.arange(count)[:, None, None]) % 2
     return Views(kind, count, torch.cat([shifts, mirrored], dim=2))
 
 

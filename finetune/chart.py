@@ -1,4 +1,4 @@
-"""Charts of a run's epochs as inline SVG, in colours that the page's style sheet gives.
+"""Charts of epochs, of one run or of several, as inline SVG, in colours that the page's style sheet gives.
 
 Style classes: `grid` for grid lines, `a` for training, `b` for validation; dashes tell the two apart without colour.
 """
@@ -63,6 +63,52 @@ def line_chart(key: str, name: str, unit: str, rows: Sequence[dict[str, Any]]) -
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-title {key}-desc">\n'
         f'<title id="{key}-title">{name} per epoch</title>\n<desc id="{key}-desc">{told}.</desc>\n'
+        + "\n".join(parts)
+        + "\n</svg></figure>\n"
+    )
+
+
+LINES = 6  # line styles there are; more runs begin again with the first
+
+
+def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[str, list[float], list[float]]]) -> str:
+    """Return a chart of one line per run as an HTML figure; the page's own key says which line is whose.
+
+    Args:
+        key: of this chart within the page, for its title's id.
+        title: what the chart shows.
+        across: what lies along the axis, with its unit.
+        unit: follows every value that is read out, such as " %".
+        lines: (name, places along the axis, values) of each run, names escaped already.
+    """
+    everything = [value for _, _, values in lines for value in values]
+    levels = ticks(min(everything), max(everything))
+    places = [place for _, along, _ in lines for place in along]
+    marks = ticks(min(0.0, *places), max(places))
+    low, high, first, last = levels[0], levels[-1], marks[0], marks[-1]
+
+    def x(place: float) -> float:
+        return LEFT + (place - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
+    parts = []
+    for level in levels:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
+    for mark in marks:
+        parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{mark:,.0f}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
+    parts.append(f'<text x="0" y="14">{title.lower()}{unit and f" in{unit}"}</text>')
+    for number, (_, along, values) in enumerate(lines):
+        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(along, values, strict=True))
+        parts.append(f'<polyline class="s s{number % LINES}" points="{points}"/>')
+    told = "; ".join(f"{name} from {values[0]:.2f}{unit} to {values[-1]:.2f}{unit}" for name, _, values in lines)
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-title {key}-desc">\n'
+        f'<title id="{key}-title">{title}</title>\n<desc id="{key}-desc">{told}.</desc>\n'
         + "\n".join(parts)
         + "\n</svg></figure>\n"
     )

@@ -11,12 +11,14 @@ from torch import nn
 
 from finetune.augment import Preprocessing
 from finetune.layers import Selection, freeze, select_layers
-from finetune.recipe import Recipe
+from finetune.networks import NETWORKS, PREFIX, settings_of
+from finetune.recipe import Recipe, flag
 from weights.arch import Arch, resolve_arch
 from weights.errors import UsageError
 from weights.load import Account, load_into, read_tensors
 from weights.locate import Found, locate
 
+SETTINGS = ("blocks", "shortcut", "hidden", "dropout")  # settings of a recipe that some networks have
 INTERPOLATIONS = ("bilinear", "bicubic")  # what torch can do on whole batches with antialiasing
 
 
@@ -59,7 +61,8 @@ def find_weights(recipe: Recipe) -> Found:
     """
     arch = resolve_arch(recipe.arch)
     head = head_names(arch)
-    select_layers(_outline(arch, recipe.image_size or int(arch.config["input_size"][-1])), recipe.train_layers, head)
+    size = recipe.image_size or int(arch.config["input_size"][-1])
+    select_layers(_outline(arch, size, network_settings(recipe, arch)), recipe.train_layers, head)
     return locate(arch, recipe.weights, recipe.weights_dir)
 
 
@@ -81,12 +84,17 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
     arch = found.arch
     size = recipe.image_size or int(arch.config["input_size"][-1])
     torch.manual_seed(recipe.seed)
-    model, model_args = build(arch, classes, size)
+    model, model_args = build(arch, classes, size, network_settings(recipe, arch))
     head = head_names(arch)
     account = None
     if found.path is not None:
         account = load_into(
-            model, read_tensors(found.path), head=head, allow_missing=recipe.allow_missing, where=found.source
+            model,
+            read_tensors(found.path),
+            head=head,
+            allow_missing=recipe.allow_missing,
+            where=found.source,
+            keep_head=recipe.keep_head,
         )
     selection = select_layers(model, recipe.train_layers, head)
     freeze(model, selection)
@@ -105,13 +113,49 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
     )
 
 
-def build(arch: Arch, classes: int, size: int) -> tuple[nn.Module, dict[str, Any]]:
+def network_settings(recipe: Recipe, arch: Arch) -> dict[str, Any]:
+    """Return the recipe's settings of the network itself, as arguments for `timm.create_model`.
+
+    Raises:
+        UsageError: a setting that the network does not have.
+    """
+    given = {
+        "blocks": tuple(_whole_number(part) for part in recipe.blocks) or None,
+        "shortcut": recipe.shortcut,
+        "hidden": recipe.hidden,
+        "dropout": recipe.dropout,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return {}
+    name = arch.name.removeprefix(PREFIX)
+    known = {**settings_of(name)} if name != arch.name and name in NETWORKS else {"dropout": 0.0}
+    for setting in given:
+        if setting not in known:
+            has = ", ".join(flag(one) for one in known if one in SETTINGS) or "none of these settings"
+            raise UsageError(f"{flag(setting)} does not belong to {name}, which has {has}; leave it out.")
+    if name == arch.name:
+        return {"drop_rate": given["dropout"]}
+    return given
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--blocks holds '{text}'; give whole numbers of at least 1, such as 2,2,2,2.") from None
+
+
+def build(
+    arch: Arch, classes: int, size: int, settings: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Create a timm model with random weights for an input size.
 
     Args:
         arch: the network.
         classes: outputs of its head.
         size: input side in pixels; networks with position embeddings are built for exactly this size.
+        settings: further arguments for `timm.create_model`.
 
     Returns:
         The model and the arguments beyond the class count that were needed.
@@ -122,7 +166,7 @@ def build(arch: Arch, classes: int, size: int) -> tuple[nn.Module, dict[str, Any
     # timm's own configuration, not the weights': a run at 96 pixels says 96, and timm builds for 224 all the same.
     own = timm.get_pretrained_cfg(arch.full_name)
     fixed = bool(arch.config.get("fixed_input_size")) and (own is None or size != int(own.input_size[-1]))
-    model_args: dict[str, Any] = {"img_size": size} if fixed else {}
+    model_args: dict[str, Any] = {**(settings or {}), **({"img_size": size} if fixed else {})}
     try:
         return timm.create_model(arch.full_name, pretrained=False, num_classes=classes, **model_args), model_args
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -132,13 +176,13 @@ def build(arch: Arch, classes: int, size: int) -> tuple[nn.Module, dict[str, Any
         ) from error
 
 
-def _outline(arch: Arch, size: int) -> nn.Module:
+def _outline(arch: Arch, size: int, settings: dict[str, Any]) -> nn.Module:
     """Return the network for two classes, without values where it can be built without any."""
     try:
         with torch.device("meta"):
-            return build(arch, 2, size)[0]
+            return build(arch, 2, size, settings)[0]
     except UsageError:  # some networks of older timm read values while they are built; a real fault is raised again
-        return build(arch, 2, size)[0]
+        return build(arch, 2, size, settings)[0]
 
 
 def head_names(arch: Arch) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from finetune.layers import fingerprint, require_unchanged
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.precision import compile_module
-from finetune.recipe import Recipe, check, resolve_auto
+from finetune.recipe import Recipe, check, parse_seconds, resolve_auto
 from finetune.report import write_report
 from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
@@ -170,6 +170,14 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     side = min(data.train.images.shape[-2:])
     views = make_views(recipe.augment, len(data.train), side, count=recipe.views, seed=recipe.seed)
     computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
+    if recipe.budget is not None and choices is None:  # a resumed run has settled on its epochs
+        epochs = plan.epochs_within(parse_seconds(recipe.budget, "--budget"))
+        if epochs < plan.epochs:
+            events.note(f"{epochs} of {plan.epochs} epochs fit into --budget {recipe.budget}.")
+            fresh = recipe.augment == "crop" and recipe.views == recipe.epochs
+            recipe = replace(recipe, epochs=epochs, views=epochs if fresh else recipe.views)
+            views = make_views(recipe.augment, len(data.train), side, count=recipe.views, seed=recipe.seed)
+            computing, plan = decide(recipe, data, prepared, cut, views, device, events, computing.choices())
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
 

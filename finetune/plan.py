@@ -11,6 +11,7 @@ from finetune.precision import Choice
 from weights.errors import UsageError
 
 DISK_RESERVE = 2 * 10**9  # bytes left free on the cache's disk, so that nothing else on it fails
+BUDGET_RESERVE = 0.1  # of --budget: a plan from a few timed steps has been off by that much
 MEMORY_SHARE = 0.6  # of what is free: training itself, and the system's file cache, want the rest
 
 
@@ -77,6 +78,12 @@ class Plan:
     def total_seconds(self) -> float:
         """Expected time of the whole run."""
         return self.feature_seconds + self.epochs * self.epoch_seconds + self.eval_seconds
+
+    def epochs_within(self, seconds: float) -> int:
+        """Return how many of the planned epochs fit into a time, at least one; a tenth of it is kept in reserve."""
+        per_epoch = self.epoch_seconds + self.eval_seconds / self.epochs
+        left = seconds * (1 - BUDGET_RESERVE) - self.feature_seconds
+        return max(1, min(self.epochs, int(left / per_epoch)))
 
     def sentences(self) -> list[str]:
         """Return the plan as a few lines for people."""

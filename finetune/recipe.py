@@ -39,6 +39,13 @@ class Recipe:
     weights: str = _setting("auto", "auto, none, a file, or a folder of pretrained weights.")
     weights_dir: Path | None = _setting(None, "Local model directory searched by auto (else $FINETUNE_WEIGHTS).")
     allow_missing: tuple[str, ...] = _setting((), "Layers that the weights may lack; they start fresh: layer4.")
+    keep_head: bool = _setting(
+        False, "Load the classifier too, to go on from a checkpoint with the same classes, and train all of it gently."
+    )
+    blocks: tuple[str, ...] = _setting((), "Blocks per stage, of our networks that let you choose: 2,2,2,2.")
+    shortcut: str | None = _setting(None, "A or B, of finetune_identity: the skip where the shape changes.")
+    hidden: int | None = _setting(None, "Width of finetune_vgg16's hidden layers.")
+    dropout: float | None = _setting(None, "Dropout of the network, where it has one (0 to below 1).")
     image_size: int | None = _setting(None, "Input side in pixels; auto takes the pretrained weights' own (224).")
     # Cached features make epochs cheap; small sets need enough of them to take a few hundred steps (see resolve_auto).
     epochs: int | None = _setting(None, "Passes over the training images; auto takes 8, and more for small sets.")
@@ -55,6 +62,9 @@ class Recipe:
     warmup: float = _setting(0.2, "Share of all steps in which the learning rate rises (onecycle, cosine).")
     label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
     ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
+    budget: str | None = _setting(
+        None, "Time that the run may take, such as 20m or 2h: it takes as many of its epochs as fit, at least one."
+    )
     patience: int = _setting(0, "Stop after this many epochs without a lower validation loss, keep the best; 0 is off.")
     augment: str = _setting(
         "flip", "flip mirrors half of the images; crop also shifts them.", choices=("none", "flip", "crop")
@@ -108,7 +118,7 @@ def check(recipe: Recipe) -> None:
         if choices and value not in choices:
             near = near_matches(str(value), choices) or "."
             raise UsageError(f"{flag(item.name)} is '{value}'{near} It can be {', '.join(choices)}.")
-    for name in ("image_size", "epochs", "batch_size", "views", "limit"):
+    for name in ("image_size", "epochs", "batch_size", "views", "limit", "hidden"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} is {value}; give a whole number of at least 1.")
@@ -124,7 +134,7 @@ def check(recipe: Recipe) -> None:
         )
     below_one = {
         "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
-        "warmup": recipe.warmup, "val_fraction": recipe.val_fraction,
+        "warmup": recipe.warmup, "val_fraction": recipe.val_fraction, "dropout": recipe.dropout or 0.0,
     }  # fmt: skip
     for name, number in below_one.items():
         if not 0 <= number < 1:
@@ -143,6 +153,8 @@ def check(recipe: Recipe) -> None:
     if not 0 <= recipe.seed < 2**32:
         raise UsageError(f"--seed is {recipe.seed}; give a whole number from 0 to {2**32 - 1}.")
     parse_bytes(recipe.cache_limit, "--cache-limit")
+    if recipe.budget is not None:
+        parse_seconds(recipe.budget, "--budget")
     if recipe.memory_budget is not None:
         parse_bytes(recipe.memory_budget, "--memory-budget")
 
@@ -157,6 +169,26 @@ def peak_rate(recipe: Recipe) -> float:
 def flag(name: str) -> str:
     """Return the command-line flag of a setting: `lr` → `--lr`."""
     return "--" + name.replace("_", "-")
+
+
+SECONDS = {"S": 1, "SEC": 1, "M": 60, "MIN": 60, "H": 3600, "D": 86400}
+
+
+def parse_seconds(text: str, name: str) -> float:
+    """Return seconds from text such as "90s", "20m" or "1.5h".
+
+    Raises:
+        UsageError: the text is no length of time above 0.
+    """
+    stripped = text.strip().upper()
+    digits = stripped.rstrip("SECMINHD ")
+    try:
+        seconds = float(digits) * SECONDS[stripped[len(digits) :].strip()]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"{name} is '{text}'; give a time such as 90s, 20m or 2h.")
+    return seconds
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -239,6 +271,10 @@ def _typed(item: dataclasses.Field[Any], value: Any, where: str) -> Any:
         wanted = "a list of texts"
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             return tuple(value)
+    elif kind == "bool":
+        wanted = "true or false"
+        if isinstance(value, bool):
+            return value
     elif isinstance(value, str):
         return Path(value) if kind.startswith("Path") else value
     raise UsageError(f"{where} has {item.name} = {value!r}; it must be {wanted}.")

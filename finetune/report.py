@@ -16,52 +16,12 @@ from typing import Any
 import torch
 
 from finetune.chart import line_chart
+from finetune.page import html_page
 from finetune.plan import duration, size
 from weights.save import write_atomically
 
 REPORT = "report.html"
 SHOWN = 10  # worst classes, best classes and confused pairs in the page
-
-STYLE = """
-:root { --page: #fff; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --box: #f5f7f9;
-  --a: #1769aa; --b: #b3541e; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --ink: #e8ebee; --soft: #a3adb8; --line: #363d45; --box: #1e2328;
-    --a: #6cb4f0; --b: #f0a070; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 64rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.35rem; line-height: 1.25; margin: 0; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p { margin: .5rem 0; }
-.result { font-size: 2.6rem; line-height: 1.2; font-weight: 650; margin: .5rem 0 0; }
-.soft, caption, th { color: var(--soft); font-weight: 400; }
-pre { background: var(--box); padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap; margin: .75rem 0; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .5rem 2.5rem; }
-.pair > * { min-width: 0; }
-figure { margin: .5rem 0; break-inside: avoid; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 12px; fill: var(--soft); }
-.grid { stroke: var(--line); }
-.a { stroke: var(--a); fill: none; stroke-width: 2; }
-.b { stroke: var(--b); fill: none; stroke-width: 2; stroke-dasharray: 6 3; }
-circle.a { fill: var(--a); } circle.b { fill: var(--b); stroke-dasharray: none; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .25rem 0; }
-th, td { text-align: left; vertical-align: baseline; padding: .2rem .75rem .2rem 0; border-top: 1px solid var(--line); }
-tr { break-inside: avoid; }
-th[scope=row] { width: 10.5rem; }
-.wide { overflow-x: auto; }
-.number { text-align: right; white-space: nowrap; }
-table.pairs td:not(.number) { width: 38%; }
-td.bar { width: 30%; padding-right: 0; }
-td.bar div { height: .6rem; background: var(--a); min-width: 1px; print-color-adjust: exact; }
-code { font-family: ui-monospace, monospace; font-size: .9em; }
-@media print, (max-width: 36rem) { td.bar { width: 15%; } }
-@media print { body { max-width: none; padding: 0; font-size: .85rem; } h2 { break-after: avoid; }
-  .pair { grid-template-columns: 1fr 1fr; } }
-"""
 
 
 def write_report(
@@ -91,15 +51,7 @@ def write_report(
     if logits is not None and labels is not None and len(labels):
         parts.append(_classes(classes, logits.argmax(1), labels))
     parts += [_frozen(summary), _time(summary), _facts(summary)]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{_title(summary)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
+    page = html_page(_title(summary), parts)
     write_atomically(folder / REPORT, page.encode())
 
 

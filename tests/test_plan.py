@@ -173,3 +173,10 @@ def test_an_uncut_plan_has_no_line_about_a_frozen_part() -> None:
     )
     assert plan.sentences()[1] == "trains all: 8,445,028 of 11,227,812 parameters"
     assert plan.sentences()[3] == "features: none: every layer trains"
+
+
+def test_a_budget_takes_the_epochs_that_fit() -> None:
+    plan = make_plan(feature_seconds=100.0, epoch_seconds=50.0, eval_seconds=8.0)  # 8 epochs: 508 s
+    assert plan.epochs_within(10_000) == 8
+    assert plan.epochs_within(400) == 5  # 0.9 * 400 - 100 = 260 s, and 51 s for each
+    assert plan.epochs_within(10) == 1

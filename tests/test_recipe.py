@@ -16,6 +16,7 @@ from finetune.recipe import (
     flag,
     from_table,
     parse_bytes,
+    parse_seconds,
     read_toml,
     resolve_auto,
     to_table,
@@ -30,6 +31,7 @@ OTHER: dict[str, Any] = {
     "optimizer": "adamw", "momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.0,
     "label_smoothing": 0.0, "ema": 0.998, "patience": 2, "augment": "crop", "views": 4, "windows": "on",
     "val_fraction": 0.25,
+    "keep_head": True, "blocks": ("1", "2"), "shortcut": "A", "hidden": 64, "dropout": 0.1, "budget": "20m",
     "limit": 100, "seed": 7, "device": "cpu", "precision": "bf16", "compile": "on", "cache": "disk",
     "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB",
 }  # fmt: skip
@@ -173,6 +175,20 @@ def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_bytes(text, "--cache-limit")
     assert str(error.value) == f"--cache-limit is '{text}'; give a size above 0 such as 500MB or 8GB."
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), (" 2 H ", 7200), ("20min", 1200), ("1d", 86400)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text, "--budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "m", "-2h", "0s", "nan s", "inf h", "2 weeks"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_seconds(text, "--budget")
+    assert str(error.value) == f"--budget is '{text}'; give a time such as 90s, 20m or 2h."
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""`finetune baseline`: train a network from scratch, to compare transfer with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.console import Screen, print_lines
+from cli.options import recipe_options
+from cli.run import result_lines, stop_on_signals
+from finetune.recipe import check, to_toml
+
+OURS = ("train_layers", "head_lr_scale", "allow_missing", "keep_head", "windows", "arch")
+BY_RECIPE = (
+    "weights", "image_size", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "schedule", "label_smoothing",
+    "augment",
+)  # fmt: skip
+
+
+def _baseline(
+    settings: dict[str, Any],
+    arch: Annotated[
+        str, typer.Option(help="One of our networks (finetune list), or any timm architecture.")
+    ] = "figure1",
+    recipe: Annotated[
+        str, typer.Option(help="fast is ours; assignment is what the assignments prescribe.", metavar="fast|assignment")
+    ] = "fast",
+    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the settings, train nothing.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/<arch>-<data>-NNNN")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+) -> None:
+    """Train a network from scratch, to see what transfer learning is worth.
+
+    The same images, loop and run directory as `finetune run`. With --weights, training goes on from a checkpoint of the
+    same network and classes.
+
+    Example: finetune baseline --arch figure1 --data cifar100
+    """
+    from finetune.baseline import baseline_recipe
+
+    chosen = baseline_recipe(arch, recipe, settings)
+    check(chosen)
+    if show_recipe:
+        print(to_toml(chosen), end="")
+        return
+    from finetune import pipeline
+    from finetune.events import Events
+
+    with Screen() as screen:
+        stop = stop_on_signals(screen.interrupted)
+        events = Events(note=screen.note, progress=screen.progress, plan=screen.plan, epoch=screen.epoch)
+        if resume is not None:
+            summary = pipeline.resume(resume, events=events, stop=stop)
+        else:
+            summary = pipeline.run(chosen, output, events=events, stop=stop)
+    print(json.dumps(summary, indent=2)) if as_json else print_lines(result_lines(summary))
+
+
+baseline_command = recipe_options(_baseline, without=OURS, shown=dict.fromkeys(BY_RECIPE, "by the recipe"))

@@ -1,0 +1,73 @@
+"""`finetune compare`: finished runs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.console import print_lines, print_table
+
+if TYPE_CHECKING:
+    from finetune.compare import Comparison
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more, on the same data.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the page with curves here.", show_default="compare.html")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on standard output.")] = False,
+) -> None:
+    """Compare finished runs: settings, losses, accuracy, time, and why one is better.
+
+    Writes a page with the curves against epochs and against time.
+
+    Example: finetune compare runs/figure1-cifar100-0001 runs/resnet18-cifar100-0001
+    """
+    from finetune.compare import compare
+    from finetune.compare_page import write_page
+
+    result = compare(runs)
+    page = output or Path("compare.html")
+    write_page(page, result)
+    if as_json:
+        print(json.dumps({**result.as_dict(), "page": str(page)}, indent=2))
+        return
+    print_comparison(result)
+    print_lines(["", *(one.sentence for one in result.explained), f"page            {page}"])
+
+
+def print_comparison(result: Comparison) -> None:
+    """Print what the runs came to, and the settings that differ."""
+    columns = [("", "left"), *((run.name, "right") for run in result.runs)]
+    summaries = [run.summary for run in result.runs]
+    rows = [
+        ["network", *(one["arch"] for one in summaries)],
+        ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],
+        ["of them trained", *(f"{one['parameters']['trained']:,}" for one in summaries)],
+        ["epochs", *(str(one["epochs"]) for one in summaries)],
+        ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
+        ["seconds", *(f"{one['seconds']['total']:,.0f}" for one in summaries)],
+        ["train accuracy", *(f"{one['train_accuracy']:.2f} %" for one in summaries)],
+        ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
+    ]
+    rows += [[name, *(_text(value) for value in values)] for name, values in result.differing.items()]
+    print_table(f"{len(summaries)} runs on {summaries[0]['data']['name']}", columns, rows)
+    epochs = max(len(run.rows) for run in result.runs)
+    losses = []
+    for epoch in range(epochs):
+        cells = [f"{run.rows[epoch]['train_loss']:.4f}" if epoch < len(run.rows) else "" for run in result.runs]
+        losses.append([str(epoch + 1), *cells])
+    print()
+    print_table("mean training loss", [("epoch", "right"), *columns[1:]], losses)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,199 @@
+"""Finished runs side by side: what differed, what it cost, what it brought, and why.
+
+Runs are compared only on the same images: the data set and the test split must have the same identity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.recipe import read_toml
+from finetune.rundir import METRICS, RECIPE, SUMMARY
+from weights.errors import RunError, UsageError
+
+# Settings that say where and how fast, not what was learned: a difference in them explains no accuracy.
+PLACES = (
+    "data", "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run directory says of its run.
+
+    Attributes:
+        name: the directory's name, with as much of its path as tells it from the others.
+        path: the directory.
+        summary: summary.json.
+        rows: metrics.jsonl, one per epoch.
+        settings: recipe.toml.
+    """
+
+    name: str
+    path: str
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Test accuracy in percent; None without a test split."""
+        value = self.summary["test_accuracy"]
+        return None if value is None else float(value)
+
+    def by_time(self) -> tuple[list[float], list[float], str]:
+        """Return (seconds since the start, accuracy in percent) after each epoch, and what the accuracy is of.
+
+        Time counts features, training and evaluation. It is of validation images where there are some, else of the
+        training images in passing: the test split is read once and has no curve.
+        """
+        key = "val_accuracy" if all(row["val_accuracy"] is not None for row in self.rows) else "train_accuracy"
+        clock, seconds, values = float(self.summary["seconds"]["prefix"]), [], []
+        for row in self.rows:
+            clock += row["seconds"] + row["eval_seconds"]
+            seconds.append(clock)
+            values.append(float(row[key]))
+        return seconds, values, "validation" if key == "val_accuracy" else "training"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Why one run's test accuracy is higher than another's, in percentage points.
+
+    test = train - (train - test), so the difference in test accuracy is exactly the difference in training accuracy
+    minus the difference in the gap between the two.
+
+    Attributes:
+        better: name of the run with the higher test accuracy.
+        other: name of the other.
+        points: difference in test accuracy, 0 or more.
+        fit: difference in training accuracy: what the better run gains by fitting the images better.
+        gap: how much smaller the better run's gap between training and test is.
+    """
+
+    better: str
+    other: str
+    points: float
+    fit: float
+    gap: float
+
+    @property
+    def sentence(self) -> str:
+        """The conclusion that follows from the numbers."""
+        if self.points == 0:
+            return f"{self.better} and {self.other} get the same share of the test images right."
+        if self.fit > 0 and self.fit >= self.gap:
+            why = "less under-fitting" if self.gap < 0.1 * self.points else "less under-fitting and less over-fitting"
+        else:
+            why = "less over-fitting" if self.fit < 0.1 * self.points else "less over-fitting and less under-fitting"
+        return (
+            f"{self.better} gets {self.points:.1f} points more of the test images right than {self.other}: "
+            f"{self.fit:+.1f} from fitting the training images better, {self.gap:+.1f} from a smaller gap between "
+            f"training and test. It helps by {why}."
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs on the same data.
+
+    Attributes:
+        runs: in the order given.
+        differing: settings that are not the same in all runs, with each run's value.
+        explained: the best run against each of the others; empty without a test split.
+    """
+
+    runs: tuple[RunResult, ...]
+    differing: dict[str, list[Any]]
+    explained: tuple[Explained, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        runs = [
+            {
+                "name": run.name,
+                "path": run.path,
+                "arch": run.summary["arch"],
+                "parameters": run.summary["parameters"],
+                "epochs": run.summary["epochs"],
+                "train_loss": [row["train_loss"] for row in run.rows],
+                "train_accuracy": run.summary["train_accuracy"],
+                "val_accuracy": run.summary["val_accuracy"],
+                "test_accuracy": run.accuracy,
+                "seconds": run.summary["seconds"],
+                "images_seen": run.summary["images_seen"],
+            }
+            for run in self.runs
+        ]
+        explained = [{**asdict(one), "sentence": one.sentence} for one in self.explained]
+        return {"data": self.runs[0].summary["data"], "runs": runs, "differing": self.differing, "explained": explained}
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """Read finished runs and set them side by side.
+
+    Args:
+        paths: two run directories or more.
+
+    Raises:
+        UsageError: fewer than two, or runs on different data or test splits.
+        RunError: a folder that is no finished run.
+    """
+    if len(paths) < 2:
+        raise UsageError(f"finetune compare got {len(paths)} run directory; give at least two.")
+    runs = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    first = runs[0]
+    for run in runs[1:]:
+        for key, what in (("sha256", "data"), ("test_sha256", "test images")):
+            if run.summary["data"][key] != first.summary["data"][key]:
+                raise UsageError(
+                    f"{first.path} and {run.path} were made on different {what} ({first.summary['data']['name']} and "
+                    f"{run.summary['data']['name']}), so their results cannot be compared; give runs on the same data."
+                )
+    tables = [{name: value for name, value in run.settings.items() if name not in PLACES} for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    differing = {name: [table.get(name) for table in tables] for name in names}
+    differing = {name: values for name, values in differing.items() if any(value != values[0] for value in values)}
+    return Comparison(tuple(runs), differing, tuple(_explain(runs)))
+
+
+def _explain(runs: Sequence[RunResult]) -> list[Explained]:
+    """Explain the best run's lead over each of the others."""
+    tested = [(run.accuracy, run) for run in runs if run.accuracy is not None]
+    if not tested:
+        return []
+    top, best = max(tested, key=lambda pair: pair[0])
+    found = []
+    for accuracy, run in tested:
+        if run is best:
+            continue
+        fit = float(best.summary["train_accuracy"]) - float(run.summary["train_accuracy"])
+        points = top - accuracy
+        found.append(Explained(best.name, run.name, points, fit, points - fit))
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that differ from one another."""
+    whole = [path.resolve().parts for path in paths]
+    for length in range(1, max(len(parts) for parts in whole) + 1):
+        names = ["/".join(parts[-length:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"{paths[0]} is given twice; give each run directory once.")
+
+
+def _read(path: Path, name: str) -> RunResult:
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} is no finished run ({error}); give a folder that finetune run or finetune baseline has finished."
+        ) from error
+    return RunResult(name, str(path), summary, rows, read_toml(path / RECIPE))

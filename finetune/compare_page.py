@@ -1,0 +1,129 @@
+"""compare.html: finished runs side by side on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from finetune.chart import LINES, overlay
+from finetune.compare import Comparison, RunResult
+from finetune.page import html_page
+from finetune.plan import duration
+from weights.save import write_atomically
+
+
+def write_page(path: Path, result: Comparison) -> None:
+    """Write a comparison as one self-contained HTML file.
+
+    Args:
+        path: the file; what is there is replaced.
+        result: the comparison.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    title = escape(f"{len(result.runs)} runs on {result.runs[0].summary['data']['name']}")
+    parts = [f"<h1>{title}</h1>", _conclusion(result), _results(result.runs), _curves(result.runs), _equal(result.runs)]
+    parts += [_settings(result), _losses(result.runs)]
+    write_atomically(path, html_page(title, parts).encode())
+
+
+def _conclusion(result: Comparison) -> str:
+    return "".join(f"<p>{escape(one.sentence)}</p>\n" for one in result.explained)
+
+
+def _key(number: int) -> str:
+    return (
+        f'<svg class="key" viewBox="0 0 40 10" aria-hidden="true"><line class="s s{number % LINES}" x1="0" x2="40" '
+        'y1="5" y2="5"/></svg>'
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
+    """Return a table of escaped texts; the first column names the rows."""
+    named = "".join(f'<th scope="col" class="number">{cell}</th>' for cell in heads)
+    body = ""
+    for name, *cells in rows:
+        values = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        body += f'<tr><th scope="row">{name}</th>{values}</tr>\n'
+    return f'<div class="wide"><table>\n<caption>{caption}</caption>\n<tr><td></td>{named}</tr>\n{body}</table></div>\n'
+
+
+def _names(runs: Sequence[RunResult]) -> list[str]:
+    return [f"{_key(number)} {escape(run.name)}" for number, run in enumerate(runs)]
+
+
+def _results(runs: Sequence[RunResult]) -> str:
+    summaries = [run.summary for run in runs]
+    rows = [
+        ["network", *(escape(one["arch"]) for one in summaries)],
+        ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
+        ["train accuracy", *(_percent(one["train_accuracy"]) for one in summaries)],
+        ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],
+        ["of them trained", *(f"{one['parameters']['trained']:,}" for one in summaries)],
+        ["epochs", *(str(one["epochs"]) for one in summaries)],
+        ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
+        ["time", *(duration(one["seconds"]["total"]) for one in summaries)],
+    ]
+    return "<h2>Results</h2>\n" + _table(_names(runs), rows)
+
+
+def _curves(runs: Sequence[RunResult]) -> str:
+    """Training loss per epoch, and accuracy against time."""
+    drawn = [run for run in runs if run.rows]
+    if not drawn:
+        return ""
+    losses = [
+        (escape(run.name), [float(row["epoch"]) for row in run.rows], [float(row["train_loss"]) for row in run.rows])
+        for run in drawn
+    ]
+    accuracies = [(escape(run.name), run.by_time()[0], run.by_time()[1]) for run in drawn]
+    kinds = {run.by_time()[2] for run in drawn}
+    told = f"Accuracy is that of the {' or '.join(sorted(kinds))} images: the test images are read once, at the end."
+    if len(kinds) > 1:
+        told += " These are not the same thing: runs without validation images show training accuracy."
+    charts = [
+        overlay("loss", "Training loss", "epoch", "", losses),
+        overlay("time", "Accuracy", "seconds, features included", " %", accuracies),
+    ]
+    return f'<h2>Curves</h2>\n<div class="pair">\n{"".join(charts)}</div>\n<p class="soft">{told}</p>'
+
+
+def _equal(runs: Sequence[RunResult]) -> str:
+    """Accuracy of every run when the quickest one had ended."""
+    curves = [run.by_time() for run in runs if run.rows]
+    if len(curves) < len(runs) or len({kind for _, _, kind in curves}) > 1:
+        return ""
+    limit = min(seconds[-1] for seconds, _, _ in curves)
+    cells = []
+    for seconds, values, _ in curves:
+        reached = [value for clock, value in zip(seconds, values, strict=True) if clock <= limit + 1e-9]
+        cells.append(f"{reached[-1]:.2f} %" if reached else "no epoch done yet")
+    rows = [[f"{curves[0][2]} accuracy after {duration(limit)}", *cells]]
+    return "<h2>Accuracy at equal time</h2>\n" + _table(_names(runs), rows)
+
+
+def _settings(result: Comparison) -> str:
+    rows = [[escape(name), *(escape(_text(value)) for value in values)] for name, values in result.differing.items()]
+    if not rows:
+        return "<h2>Settings that differ</h2>\n<p>None.</p>"
+    return "<h2>Settings that differ</h2>\n" + _table(_names(result.runs), rows)
+
+
+def _losses(runs: Sequence[RunResult]) -> str:
+    epochs = max(len(run.rows) for run in runs)
+    rows = [
+        [str(number + 1), *(f"{run.rows[number]['train_loss']:.4f}" if number < len(run.rows) else "" for run in runs)]
+        for number in range(epochs)
+    ]
+    return "<h2>Mean training loss of each epoch</h2>\n" + _table(_names(runs), rows, caption="epoch")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,143 @@
+"""Runs side by side: the same data only, and a conclusion that follows from the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_data import write_image_folder
+from make_run import tiny_recipe, write_weights
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.compare import Comparison, Explained, compare
+from finetune.compare_page import write_page
+from finetune.pipeline import run
+from weights.errors import RunError, UsageError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs on the same photos that differ in learning rate and epochs."""
+    root = tmp_path_factory.mktemp("compare")
+    write_image_folder(root / "photos")
+    weights = write_weights(root / "test_resnet.safetensors")
+    recipe = tiny_recipe(root / "photos", weights, root / "cache")
+    run(recipe, root / "short")
+    run(dataclasses.replace(recipe, lr=0.05, epochs=3), root / "<long>")
+    return [root / "short", root / "<long>"]
+
+
+def test_what_differs_and_what_it_brought(runs: list[Path]) -> None:
+    result = compare(runs)
+    assert [one.name for one in result.runs] == ["short", "<long>"]
+    assert set(result.differing) == {"lr", "epochs"}
+    assert result.differing["epochs"] == [2, 3]
+    plain = json.loads(json.dumps(result.as_dict()))
+    assert [len(one["train_loss"]) for one in plain["runs"]] == [2, 3]
+    assert plain["runs"][1]["seconds"]["total"] > 0
+    (why,) = result.explained
+    assert why.points == pytest.approx(why.fit + why.gap)
+
+
+def test_time_runs_on_from_the_features(runs: list[Path]) -> None:
+    seconds, values, of = compare(runs).runs[0].by_time()
+    assert of == "validation"
+    assert len(seconds) == len(values) == 2
+    assert seconds[0] < seconds[1]
+
+
+@pytest.mark.parametrize(
+    ("fit", "gap", "why"),
+    [
+        (8.0, -2.0, "less under-fitting."),
+        (0.0, 5.0, "less over-fitting."),
+        (-1.0, 6.0, "less over-fitting."),
+        (3.0, 2.0, "less under-fitting and less over-fitting."),
+        (2.0, 3.0, "less over-fitting and less under-fitting."),
+    ],
+)
+def test_the_conclusion_follows_from_the_numbers(fit: float, gap: float, why: str) -> None:
+    one = Explained("a", "b", fit + gap, fit, gap)
+    assert one.sentence.endswith(why)
+    assert f"{fit + gap:.1f} points more" in one.sentence
+
+
+def test_runs_that_are_equal() -> None:
+    assert Explained("a", "b", 0.0, 1.0, -1.0).sentence == "a and b get the same share of the test images right."
+
+
+def test_other_data_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("metrics.jsonl", "recipe.toml"):
+        (other / name).write_bytes((runs[0] / name).read_bytes())
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    summary["data"] |= {"sha256": "0" * 64, "name": "cats"}
+    (other / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UsageError, match=r"made on different data \(photos and cats\), so their results cannot be"):
+        compare([runs[0], other])
+
+
+def test_what_is_no_finished_run(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is no finished run .* give a folder that finetune run"):
+        compare([runs[0], tmp_path])
+    with pytest.raises(UsageError, match="got 1 run directory; give at least two"):
+        compare(runs[:1])
+    with pytest.raises(UsageError, match="is given twice"):
+        compare([runs[0], runs[0]])
+
+
+class Reader(HTMLParser):
+    """Counts elements, and sees that every one is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        self.seen.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(result: Comparison, path: Path) -> str:
+    write_page(path, result)
+    text = path.read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert reader.seen.count("polyline") == 2 * len(result.runs)
+    return text
+
+
+def test_the_page(runs: list[Path], tmp_path: Path) -> None:
+    result = compare(runs)
+    text = page_of(result, tmp_path / "compare.html")
+    assert "<long>" not in text  # names are text
+    assert "&lt;long&gt;" in text
+    assert "http" not in text.replace("http-equiv", "")
+    assert "Accuracy at equal time" in text
+    for one in result.runs:
+        assert f"{one.accuracy:.2f} %" in text
+
+
+def test_the_command(runs: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(page)])
+    assert done.exit_code == 0, done.stderr
+    assert "mean training loss" in done.stdout
+    assert page.exists()
+    as_json = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(page), "--json"])
+    assert json.loads(as_json.stdout)["differing"]["epochs"] == [2, 3]
