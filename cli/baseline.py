@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines
-from cli.options import recipe_options
-from cli.run import result_lines, stop_on_signals
+from cli.options import recipe_options, without_auto
+from cli.run import only_resume, result_lines, stop_on_signals
 from finetune.recipe import check, to_toml
 
 OURS = ("train_layers", "head_lr_scale", "allow_missing", "keep_head", "windows", "arch")
@@ -23,11 +23,17 @@ BY_RECIPE = (
 def _baseline(
     settings: dict[str, Any],
     arch: Annotated[
-        str, typer.Option(help="One of our networks (finetune list), or any timm architecture.")
-    ] = "figure1",
+        str | None,
+        typer.Option(help="One of our networks (finetune list), or any timm architecture.", show_default="figure1"),
+    ] = None,
     recipe: Annotated[
-        str, typer.Option(help="fast is ours; assignment is what the assignments prescribe.", metavar="fast|assignment")
-    ] = "fast",
+        str | None,
+        typer.Option(
+            help="fast is ours; assignment is what the assignments prescribe.",
+            metavar="fast|assignment",
+            show_default="fast",
+        ),
+    ] = None,
     show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the settings, train nothing.")] = False,
     output: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/<arch>-<data>-NNNN")] = None,
     resume: Annotated[
@@ -44,7 +50,10 @@ def _baseline(
     """
     from finetune.baseline import baseline_recipe
 
-    chosen = baseline_recipe(arch, recipe, settings)
+    if resume is not None:
+        named = {name: value for name, value in (("arch", arch), ("recipe", recipe)) if value is not None}
+        only_resume({**settings, **named}, output, None)
+    chosen = baseline_recipe(arch or "figure1", recipe or "fast", without_auto(settings))
     check(chosen)
     if show_recipe:
         print(to_toml(chosen), end="")

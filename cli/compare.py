@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more, on the same data.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more, on the same data at the same size.")],
     output: Annotated[
         Path | None, typer.Option(help="Write the page with curves here.", show_default="compare.html")
     ] = None,
@@ -52,6 +52,7 @@ def print_comparison(result: Comparison) -> None:
         ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
         ["seconds", *(f"{one['seconds']['total']:,.0f}" for one in summaries)],
         ["train accuracy", *(f"{one['train_accuracy']:.2f} %" for one in summaries)],
+        ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
         ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
     ]
     rows += [[name, *(_text(value) for value in values)] for name, values in result.differing.items()]

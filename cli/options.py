@@ -74,22 +74,23 @@ def _parameter(item: dataclasses.Field[Any], panel: str, default: str | None) ->
         help=item.metadata["help"],
         show_default=default or shown or "none",
         rich_help_panel=panel,
-        metavar="|".join(choices) if choices else "INTEGER" if python is int else None,
-        parser=_whole_number_or_auto(item.name) if kind == "int | None" else None,
+        metavar="|".join(choices) if choices else {int: "INTEGER", float: "FLOAT"}.get(python),
+        parser=_number_or_auto(item.name, python) if kind in ("int | None", "float | None") else None,
     )
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[python | None, option]
     )
 
 
-def _whole_number_or_auto(name: str) -> Callable[[str], int | str]:
+def _number_or_auto(name: str, kind: type[int] | type[float]) -> Callable[[str], float | str]:
     """Return what reads a setting that help shows as `auto`, so that `auto` may be given too."""
 
-    def read(text: str) -> int | str:
+    def read(text: str) -> float | str:
         try:
-            return text if text == AUTO else int(text)
+            return text if text == AUTO else kind(text)
         except ValueError:
-            raise UsageError(f"{flag(name)} is '{text}'; give a whole number, or auto.") from None
+            wanted = "a whole number" if kind is int else "a number"
+            raise UsageError(f"{flag(name)} is '{text}'; give {wanted}, or auto.") from None
 
     return read
 
@@ -110,8 +111,10 @@ def make_recipe(settings: dict[str, Any], config: Path | None) -> Recipe:
         UsageError: the file cannot be read, or holds an unknown setting or a wrong type.
     """
     base = from_table(read_toml(config), str(config)) if config else Recipe()
+    return dataclasses.replace(base, **without_auto(settings))
+
+
+def without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings from the command line with None where `auto` was given and the recipe means None by it."""
     auto = {item.name for item in dataclasses.fields(Recipe) if "None" in str(item.type)}
-    given: dict[str, Any] = {
-        name: None if name in auto and str(value) == AUTO else value for name, value in settings.items()
-    }
-    return dataclasses.replace(base, **given)
+    return {name: None if name in auto and str(value) == AUTO else value for name, value in settings.items()}

@@ -38,7 +38,7 @@ def run_command(
     Example: finetune run --arch resnet18 --train-layers layer4,fc --data ~/photos
     """
     if resume is not None:
-        _only_resume(settings, output, config)
+        only_resume(settings, output, config)
     recipe = make_recipe(settings, config)
     with Screen() as screen:
         stop = stop_on_signals(screen.interrupted)
@@ -65,7 +65,7 @@ def _carry_out(
     return pipeline.run(recipe, output, events=events, stop=stop)
 
 
-def _only_resume(settings: dict[str, Any], output: Path | None, config: Path | None) -> None:
+def only_resume(settings: dict[str, Any], output: Path | None, config: Path | None) -> None:
     """Refuse settings beside --resume: a resumed run keeps its own.
 
     Raises:

@@ -71,7 +71,7 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
     """Return the settings of a from-scratch run.
 
     Args:
-        arch: one of our networks, or any timm name.
+        arch: one of our networks, with or without `finetune_`, or any timm name.
         which: fast or assignment.
         given: settings of the user, which win.
 
@@ -81,6 +81,8 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
     if which not in RECIPES:
         near = near_matches(which, RECIPES) or "."
         raise UsageError(f"--recipe is '{which}'{near} It can be {' or '.join(RECIPES)}.")
+    short = arch.removeprefix("finetune_")
+    arch = short if short in NETWORK_EPOCHS else arch
     common, special = (FAST, FAST_BY_NETWORK) if which == "fast" else (ASSIGNMENT, ASSIGNMENT_BY_NETWORK)
     settings = {
         "epochs": NETWORK_EPOCHS.get(arch, OTHER_EPOCHS),

@@ -61,6 +61,7 @@ def _results(runs: Sequence[RunResult]) -> str:
         ["network", *(escape(one["arch"]) for one in summaries)],
         ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
         ["train accuracy", *(_percent(one["train_accuracy"]) for one in summaries)],
+        ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
         ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],
         ["of them trained", *(f"{one['parameters']['trained']:,}" for one in summaries)],
         ["epochs", *(str(one["epochs"]) for one in summaries)],

@@ -47,6 +47,26 @@ def test_what_the_user_gives_wins() -> None:
     assert (recipe.lr, recipe.epochs, recipe.weights, recipe.keep_head) == (0.3, 2, "some.pth", True)
 
 
+def test_the_registered_name_means_the_same() -> None:
+    assert baseline_recipe("finetune_identity", "fast", {}) == baseline_recipe("identity", "fast", {})
+
+
+def test_auto_is_auto() -> None:
+    done = CliRunner().invoke(app, ["baseline", "--show-recipe", "--lr", "auto", "--epochs", "auto"])
+    shown = tomllib.loads(done.stdout)
+    assert (shown["lr"], shown["epochs"]) == ("auto", "auto")
+    wrong = CliRunner().invoke(app, ["baseline", "--lr", "fast"])
+    assert wrong.exit_code == 2
+    assert "--lr is 'fast'; give a number, or auto." in wrong.stderr
+
+
+def test_resume_takes_no_settings(tmp_path: Path) -> None:
+    for given in (["--epochs", "30"], ["--arch", "figure1"], ["--recipe", "fast"]):
+        done = CliRunner().invoke(app, ["baseline", "--resume", str(tmp_path), *given])
+        assert done.exit_code == 2
+        assert f"--resume goes on with the run's own settings, and {given[0]} was given too" in done.stderr
+
+
 def test_an_unknown_recipe() -> None:
     with pytest.raises(UsageError, match="--recipe is 'fats'; did you mean fast"):
         baseline_recipe("figure1", "fats", {})
