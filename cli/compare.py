@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more, on the same data at the same size.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, two or more, on the same data at the same size.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Write the page with curves here.", show_default="compare.html")
     ] = None,

@@ -75,21 +75,21 @@ def _parameter(item: dataclasses.Field[Any], panel: str, default: str | None) ->
         show_default=default or shown or "none",
         rich_help_panel=panel,
         metavar="|".join(choices) if choices else {int: "INTEGER", float: "FLOAT"}.get(python),
-        parser=_number_or_auto(item.name, python) if kind in ("int | None", "float | None") else None,
+        parser=_number_or_auto(item.name, whole=python is int) if kind in ("int | None", "float | None") else None,
     )
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[python | None, option]
     )
 
 
-def _number_or_auto(name: str, kind: type[int] | type[float]) -> Callable[[str], float | str]:
+def _number_or_auto(name: str, *, whole: bool) -> Callable[[str], float | str]:
     """Return what reads a setting that help shows as `auto`, so that `auto` may be given too."""
 
     def read(text: str) -> float | str:
         try:
-            return text if text == AUTO else kind(text)
+            return text if text == AUTO else int(text) if whole else float(text)
         except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
+            wanted = "a whole number" if whole else "a number"
             raise UsageError(f"{flag(name)} is '{text}'; give {wanted}, or auto.") from None
 
     return read
