@@ -57,6 +57,7 @@ def print_comparison(result: Comparison) -> None:
         ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
         ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
     ]
+    rows = [row for row in rows if any(row[1:])]
     rows += [[name, *(_text(value) for value in values)] for name, values in result.differing.items()]
     print_table(f"{len(summaries)} runs on {summaries[0]['data']['name']}", columns, rows)
     epochs = max(len(run.rows) for run in result.runs)

@@ -84,11 +84,13 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
     everything = [value for _, _, values in lines for value in values]
     levels = ticks(min(everything), max(everything))
     places = [place for _, along, _ in lines for place in along]
-    marks = ticks(min(0.0, *places), max(places))
+    whole = all(place == int(place) for place in places)  # epochs, and not seconds
+    marks = [float(mark) for mark in whole_ticks(0, int(max(places)))] if whole else ticks(0.0, max(places))
+    marks = marks if marks[-1] >= max(places) else [*marks, max(places)]
     low, high, first, last = levels[0], levels[-1], marks[0], marks[-1]
 
     def x(place: float) -> float:
-        return LEFT + (place - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (place - first) / (last - first) * (WIDTH - LEFT - 2 * RIGHT)  # room for half of the last label
 
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
@@ -105,6 +107,8 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
     for number, (_, along, values) in enumerate(lines):
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(along, values, strict=True))
         parts.append(f'<polyline class="s s{number % LINES}" points="{points}"/>')
+        if len(values) == 1:  # a line of one point is not seen
+            parts.append(f'<circle class="s s{number % LINES}" cx="{x(along[0]):.1f}" cy="{y(values[0]):.1f}" r="3"/>')
     told = "; ".join(f"{name} from {values[0]:.2f}{unit} to {values[-1]:.2f}{unit}" for name, _, values in lines)
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-title {key}-desc">\n'

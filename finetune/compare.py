@@ -92,7 +92,7 @@ class Explained:
             why = "less over-fitting" if self.fit < 0.1 * self.points else "less over-fitting and less under-fitting"
         return (
             f"{self.better} gets {self.points:.1f} points more of the test images right than {self.other}: "
-            f"{self.fit:+.1f} from fitting the training images better, {self.gap:+.1f} from a smaller gap between "
+            f"{self.fit:+.1f} from how well the training images are fitted, {self.gap:+.1f} from the gap between "
             f"training and test. It helps by {why}."
         )
 

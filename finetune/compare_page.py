@@ -68,7 +68,7 @@ def _results(runs: Sequence[RunResult]) -> str:
         ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
         ["time", *(duration(one["seconds"]["total"]) for one in summaries)],
     ]
-    return "<h2>Results</h2>\n" + _table(_names(runs), rows)
+    return "<h2>Results</h2>\n" + _table(_names(runs), [row for row in rows if any(row[1:])])
 
 
 def _curves(runs: Sequence[RunResult]) -> str:
