@@ -276,7 +276,7 @@ def read_options() -> argparse.Namespace:
     add("--images", type=int, default=1024, help="images in each timing (default: 1024)")
     add("--image-size", type=int, default=224, help="default: 224")
     add("--batch-size", type=int, default=64, help="of training (default: 64)")
-    add("--compile", choices=("on", "off"), default="off", help="as for finetune run (default: off)")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="as for finetune run (default: auto)")
     add("--windows", choices=("on", "off"), default="off", help="as for finetune run (default: off)")
     add("--matrix", type=int, default=4096, help="side of the matrices (default: 4096)")
     add("--rounds", type=int, default=3, help="how often each part is timed (default: 3)")

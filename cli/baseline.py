@@ -10,7 +10,7 @@ import typer
 
 from cli.console import Screen, print_lines
 from cli.options import recipe_options, without_auto
-from cli.run import only_resume, result_lines, stop_on_signals
+from cli.run import carry_out, only_resume, result_lines, stop_on_signals
 from finetune.recipe import check, to_toml
 
 OURS = ("train_layers", "head_lr_scale", "allow_missing", "keep_head", "windows", "arch")
@@ -58,16 +58,8 @@ def _baseline(
     if show_recipe:
         print(to_toml(chosen), end="")
         return
-    from finetune import pipeline
-    from finetune.events import Events
-
     with Screen() as screen:
-        stop = stop_on_signals(screen.interrupted)
-        events = Events(note=screen.note, progress=screen.progress, plan=screen.plan, epoch=screen.epoch)
-        if resume is not None:
-            summary = pipeline.resume(resume, events=events, stop=stop)
-        else:
-            summary = pipeline.run(chosen, output, events=events, stop=stop)
+        summary = carry_out(chosen, output, resume, screen, stop_on_signals(screen.interrupted))
     print(json.dumps(summary, indent=2)) if as_json else print_lines(result_lines(summary))
 
 

@@ -42,16 +42,17 @@ def run_command(
     recipe = make_recipe(settings, config)
     with Screen() as screen:
         stop = stop_on_signals(screen.interrupted)
-        summary = _carry_out(recipe, output, resume, screen, stop)
+        summary = carry_out(recipe, output, resume, screen, stop)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
         print_lines(result_lines(summary))
 
 
-def _carry_out(
+def carry_out(
     recipe: Recipe, output: Path | None, resume: Path | None, screen: Screen, stop: Callable[[], bool]
 ) -> dict[str, Any]:
+    """Run a recipe, or go on with a run, and show it on the screen; return the summary."""
     if resume is None:
         from finetune.recipe import check
 

@@ -6,7 +6,7 @@ Style classes: `grid` for grid lines, `a` for training, `b` for validation; dash
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 420, 250, 46, 34, 42, 10  # of a chart, in its own units
@@ -38,11 +38,7 @@ def line_chart(key: str, name: str, unit: str, rows: Sequence[dict[str, Any]]) -
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
-    parts = []
-    for level in levels:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
+    parts = _grid(levels, y)
     for epoch in whole_ticks(epochs[0], epochs[-1]):
         parts.append(f'<text x="{x(epoch):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{epoch}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">epoch</text>')
@@ -95,11 +91,7 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
-    parts = []
-    for level in levels:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
+    parts = _grid(levels, y)
     for mark in marks:
         parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{mark:,.0f}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
@@ -116,6 +108,16 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
         + "\n".join(parts)
         + "\n</svg></figure>\n"
     )
+
+
+def _grid(levels: Sequence[float], y: Callable[[float], float]) -> list[str]:
+    """Return a grid line and its value for each level."""
+    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
+    parts = []
+    for level in levels:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
+    return parts
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -266,7 +266,7 @@ def _place(
         needed += rows * row_bytes
         held += (rows - missing) * row_bytes
         absent.append((rows, missing))
-        if made is prefix and builder.missing(data.train, views) == 0:
+        if fresh and made is prefix and builder.missing(data.train, views) == 0:
             fresh = False  # an earlier run kept just these
     placement = place(
         needed,
