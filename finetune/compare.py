@@ -48,11 +48,13 @@ class RunResult:
     def by_time(self) -> tuple[list[float], list[float], str]:
         """Return (seconds since the start, accuracy in percent) after each epoch, and what the accuracy is of.
 
-        Time counts features, training and evaluation. It is of validation images where there are some, else of the
-        training images in passing: the test split is read once and has no curve.
+        Time counts features (the test's come after the last epoch and do not count), training and evaluation. It is
+        of validation images where there are some, else of the training images in passing: the test split is read once
+        and has no curve.
         """
         key = "val_accuracy" if all(row["val_accuracy"] is not None for row in self.rows) else "train_accuracy"
-        clock, seconds, values = float(self.summary["seconds"]["prefix"]), [], []
+        spent = self.summary["seconds"]
+        clock, seconds, values = float(spent["prefix"]) - float(spent.get("prefix_test", 0.0)), [], []
         for row in self.rows:
             clock += row["seconds"] + row["eval_seconds"]
             seconds.append(clock)
@@ -157,6 +159,9 @@ def compare(paths: Sequence[Path]) -> Comparison:
     tables = [{name: value for name, value in run.settings.items() if name not in PLACES} for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
     differing = {name: [table.get(name) for table in tables] for name in names}
+    weights = [run.summary["weights"] for run in runs]
+    if any(one["sha256"] != weights[0]["sha256"] for one in weights):
+        differing["weights"] = [one["source"] if one["sha256"] else "none" for one in weights]
     differing = {name: values for name, values in differing.items() if any(value != values[0] for value in values)}
     return Comparison(tuple(runs), differing, tuple(_explain(runs)))
 

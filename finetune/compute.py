@@ -22,7 +22,7 @@ from finetune.images import DataSplits, ImageSet
 from finetune.memory import StepMemory, step_memory
 from finetune.models import Prepared
 from finetune.plan import MEMORY_SHARE, Placement, Plan, place
-from finetune.precision import Choice, choose, compile_module, remembered
+from finetune.precision import DTYPES, Choice, choose, compile_module, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
 from finetune.sources import FeatureBuilder
@@ -101,8 +101,10 @@ def decide(
     pick = _picker(recipe, prepared, device, events, choices)
     _require_batches(recipe, len(data.train), prepared)
     batch = min(recipe.batch_size or 1, len(data.train))
-    memory = _step_memory(recipe, prepared, cut, device)
-    memory.require(batch)
+    memories = _step_memories(recipe, prepared, cut, device)
+    min(memories.values(), key=lambda memory: memory.needed(batch)).require(batch)
+    fitting = [name for name, memory in memories.items() if memory.needed(batch) <= memory.free]
+    only = replace(recipe, precision=fitting[0]) if len(fitting) == 1 else recipe  # no timing of what cannot be
     counts = (len(data.train), len(data.val or ()), len(data.test or ()))
     rows = counts[0] * views.count + counts[1] + counts[2]
     sample = data.train.images[:PREFIX_BATCH]
@@ -112,7 +114,9 @@ def decide(
             cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
         )
     windows = choose_windows(recipe, [row.shape for row in prefix.prefix.rows] if prefix else [], cut.suffix)
-    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick)
+    pick_training = _picker(only, prepared, device, events, choices)
+    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training)
+    memory = memories[training.precision]
     placement, missing = _place(recipe, data, views, prefix, memory.left(batch))
     memory.require_beside(placement, batch)
     if prefix is None:
@@ -127,7 +131,9 @@ def _picker(
     """Return pick(part, build, images per step, images of work, sizes): resumed, remembered or measured now."""
     about = {
         "device": device_name(device),
+        "kind": device.type,
         "arch": prepared.arch.full_name,
+        "model_args": prepared.model_args,
         "image_size": prepared.preprocessing.size,
         "layers": list(prepared.selection.names),
         "torch": torch.__version__,
@@ -181,21 +187,22 @@ def _require_batches(recipe: Recipe, images: int, prepared: Prepared) -> None:
         )
 
 
-def _step_memory(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.device) -> StepMemory:
-    """Return what training needs at least, in the number format that needs least of those that may be chosen."""
+def _step_memories(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.device) -> dict[str, StepMemory]:
+    """Return what training needs at least, in each number format that may be chosen."""
     side = prepared.preprocessing.size
     image = torch.zeros(1, 3, side, side)
     with torch.no_grad():
         values = cut.prefix(image) if cut.prefix is not None else (image,)
     suffix = settle(cut.suffix, device)
     shapes = [tuple(value.shape[1:]) for value in values]
-    if recipe.precision != "fp32":
+    found = {}
+    for name, dtype in DTYPES.items() if recipe.precision == "auto" else [(recipe.precision, DTYPES[recipe.precision])]:
         try:
-            return step_memory(suffix, shapes, torch.bfloat16, device, recipe)
+            found[name] = step_memory(suffix, shapes, dtype, device, recipe)
         except (RuntimeError, NotImplementedError):
-            if recipe.precision == "bf16":
+            if name == "fp32" or recipe.precision == "bf16":
                 raise  # auto takes fp32 where an operation has no bf16
-    return step_memory(suffix, shapes, torch.float32, device, recipe)
+    return found
 
 
 def _choose_training(

@@ -16,6 +16,7 @@ The suffix shares the model's own modules under their own names: training the su
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,16 +131,19 @@ def cut_model(model: nn.Module, selection: Selection, sample: torch.Tensor) -> C
     except RetraceError as error:
         return Cut(None, model, (), f"the model cannot be traced ({_first_line(error)})")
     coloured = _colour(graph, selection)
-    values = _run(model, graph, sample)
+    runs = [(part, _run(model, graph, part)) for part in (sample, sample[:1])]
     crossing = _crossing(graph, coloured)
-    while odd := [node for node in crossing if not _has_rows(values[node], len(sample))]:
-        # Sizes and constants made from the batch cannot be cached: the suffix computes them again.
+    while odd := [n for n in crossing if not all(_has_rows(values[n], len(part)) for part, values in runs)]:
+        # Sizes, constants and tables whose rows are no images cannot be cached: the suffix computes them again.
         coloured.update(odd)
         crossing = _crossing(graph, coloured)
     if not crossing or all(node.op == "placeholder" for node in crossing):
         return Cut(None, model, (), "no frozen layer comes before the first trained one")
     prefix = _prefix(model, graph, crossing)
     suffix = _suffix(model, graph, coloured, crossing)
+    trained = {id(value) for value in (*suffix.parameters(), *suffix.buffers())}
+    if any(id(value) in trained for value in (*prefix.parameters(), *prefix.buffers())):
+        prefix = copy.deepcopy(prefix)  # both halves read it, and the suffix moves to its device alone
     if not _agree(model, prefix, suffix, sample):
         return Cut(None, model, (), "the two halves do not give the whole model's output")
     return Cut(prefix, suffix, tuple(node.name for node in crossing))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from finetune.device import free_memory
 from finetune.images import Progress
 from weights.errors import DataError
 
@@ -233,7 +233,7 @@ def _room(count: int, side: int) -> NDArray[np.uint8]:
 
     Twice, because dividing a set into splits copies its images once.
     """
-    needed, free = 2 * count * 3 * side * side, psutil.virtual_memory().available
+    needed, free = 2 * count * 3 * side * side, free_memory()
     if needed > HEADROOM * free:
         raise DataError(
             f"{count:,} images of {side} x {side} pixels need {needed / 2**30:.1f} GiB of memory and "

@@ -269,9 +269,12 @@ def predict(
     """
     module.eval()
     parts = []
-    with torch.no_grad(), autocast(device, dtype):
+    with torch.no_grad():
         for part in rows.split(batch):
-            parts.append(module(*cast(source.take(part, torch.zeros_like(part)), dtype)).float().cpu())
+            inputs = cast(source.take(part, torch.zeros_like(part)), dtype)  # autocast would change a live prefix
+            with autocast(device, dtype):
+                logits = module(*inputs)
+            parts.append(logits.float().cpu())
     logits = torch.cat(parts)
     if not bool(torch.isfinite(logits).all()):
         raise TrainingError(

@@ -9,7 +9,8 @@ a little.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from finetune.device import free_memory
 from finetune.fit import autocast, cast
 from finetune.plan import Placement, size
 from finetune.recipe import Recipe
-from weights.errors import UsageError
+from weights.errors import TrainingError, UsageError
 
 PROBES = (2, 4)  # images; not one, because operations may treat shapes of one in their own way
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that the optimiser keeps for each trained one
@@ -83,6 +84,23 @@ class StepMemory:
             f"{size(self.free)} are free; give --memory-budget {budget} or less, so that features are read from disk, "
             "or a smaller --batch-size."
         )
+
+
+@contextmanager
+def exhaustion_explained() -> Iterator[None]:
+    """Turn a GPU's memory running out into one sentence.
+
+    Raises:
+        TrainingError: memory ran out, with the way on.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise TrainingError(
+            f"The device's memory ran out ({reason}). Start a new run with a smaller --batch-size or --image-size, or "
+            "with --memory-budget, or end other programs that use the device and go on with --resume."
+        ) from error
 
 
 def step_memory(

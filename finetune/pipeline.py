@@ -19,16 +19,17 @@ from finetune import checkpoint, outcome
 from finetune.augment import Views, make_views
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
-from finetune.data import load_data
+from finetune.data import DATA_NAMES, load_data
 from finetune.device import pick_device, settle
 from finetune.events import Events
 from finetune.fit import Listener, Progress, Source, Split, Trainer, fit
 from finetune.images import DataSplits, ImageSet
 from finetune.layers import fingerprint, require_unchanged
+from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.precision import compile_module
-from finetune.recipe import Recipe, check, parse_seconds, resolve_auto
+from finetune.recipe import Recipe, check, parse_seconds, resolve_auto, with_absolute_paths
 from finetune.report import write_report
 from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
@@ -96,7 +97,8 @@ def run(
     name = f"{job.prepared.arch.name}-{job.data.name}"
     with create_run_directory(output, name) as directory:
         # What follows from other settings stays auto, for whoever changes those.
-        directory.write_recipe(replace(job.recipe, views=recipe.views, lr=recipe.lr))
+        kept = replace(job.recipe, views=recipe.views, lr=recipe.lr)
+        directory.write_recipe(with_absolute_paths(kept, DATA_NAMES))
         return _carry_out(job, directory, None, events, stop, started)
 
 
@@ -198,6 +200,7 @@ def _sample(images: ImageSet, prepared: Prepared, count: int) -> torch.Tensor:
     return prepared.preprocessing(images.images[torch.arange(count) % len(images)])
 
 
+@exhaustion_explained()
 def _carry_out(
     job: Job, directory: RunDirectory, state: dict[str, Any] | None, events: Events, stop: Stop, started: float
 ) -> dict[str, Any]:
@@ -279,6 +282,7 @@ def _finish(
     figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
     logits = None
     progress.eval_seconds += time.perf_counter() - start
+    before_test = builder.seconds if builder else 0.0
     if job.data.test is not None:
         source = _source(job, builder, job.data.test, Views("none", 1), "test")
         start = time.perf_counter()
@@ -291,6 +295,7 @@ def _finish(
         "total": progress.total_seconds,
         "compile": job.computing.compile_seconds,
         "prefix": progress.prefix_seconds,
+        "prefix_test": builder.seconds - before_test if builder else 0.0,  # of these, what the test's took
         "train": progress.seconds,
         "eval": progress.eval_seconds,
     }

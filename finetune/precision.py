@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from weights.errors import RunError
+from weights.errors import RunError, UsageError
 from weights.save import write_atomically
 
 # Compiling a folded ResNet-18 prefix gained 7 % where it gained least (docs/log.md); the first compile of a process
@@ -90,17 +90,28 @@ def choose(
     Returns:
         The choice, its reason naming the rates of what was tried. A choice that was asked for is timed all the same,
         for the plan.
+
+    Raises:
+        UsageError: no candidate fits in the device's memory.
     """
     precisions = ["fp32", "bf16"] if precision == "auto" else [precision]
     rates: dict[str, float] = {}
     for name in precisions:
         try:
             rates[name] = images_per_step / step_seconds(build(name, False), device)
+        except torch.OutOfMemoryError:
+            rates[name] = 0.0  # the other format may need less
+            torch.cuda.empty_cache()
         except (RuntimeError, NotImplementedError):
             if name == precisions[0]:
                 raise
             rates[name] = 0.0  # an operation that this device does not have in bf16
     best = max(rates, key=rates.__getitem__)
+    if not rates[best]:
+        raise UsageError(
+            f"A step of {images_per_step} images needs more memory than {device} has; give a smaller --batch-size or "
+            "--image-size, or train fewer layers."
+        )
     told = ", ".join(f"{name} {rate:.0f} img/s" for name, rate in rates.items())
     eager = Choice(best, False, rates[best], 0.0, told, rates.get("fp32", 0.0))
     if compile_mode == "off":

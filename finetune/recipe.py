@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,23 @@ def peak_rate(recipe: Recipe) -> float:
 def flag(name: str) -> str:
     """Return the command-line flag of a setting: `lr` → `--lr`."""
     return "--" + name.replace("_", "-")
+
+
+def with_absolute_paths(recipe: Recipe, data_names: Collection[str]) -> Recipe:
+    """Return the recipe with paths that hold in every folder, for a recipe.toml that lies in another one.
+
+    Args:
+        recipe: paths as they were typed.
+        data_names: every `data` that is a name and not a path.
+    """
+    paths: dict[str, Any] = {
+        name: value.expanduser().absolute() for name in PATHS if (value := getattr(recipe, name)) is not None
+    }
+    if recipe.data not in data_names:
+        paths["data"] = str(Path(recipe.data).expanduser().absolute())
+    if recipe.weights not in (AUTO, "none"):
+        paths["weights"] = str(Path(recipe.weights).expanduser().absolute())
+    return dataclasses.replace(recipe, **paths)
 
 
 SECONDS = {"S": 1, "SEC": 1, "M": 60, "MIN": 60, "H": 3600, "D": 86400}

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from make_data import make_images, write_cifar100_python
 from make_run import metrics, model_bytes, tiny_recipe, write_weights
 
-from finetune import memory, outcome
+from finetune import compute, memory, outcome
 from finetune.events import Events
+from finetune.fit import Trainer
+from finetune.memory import StepMemory
 from finetune.pipeline import resume, run
 from finetune.recipe import Recipe, check
 from finetune.rundir import RunDirectory, create_run_directory, open_run_directory
-from weights.errors import FinetuneError, RunError, StoppedError, UsageError
+from weights.errors import FinetuneError, RunError, StoppedError, TrainingError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +234,28 @@ def test_batches_that_cannot_fit_in_memory(recipe: Recipe, tmp_path: Path, monke
     run(dataclasses.replace(own, batch_size=int(found[2]), memory_budget="1kB"), tmp_path / "run")
     monkeypatch.setattr(memory, "free_memory", lambda: 1_000_000)
     assert words_of(UsageError, own, tmp_path / "none").endswith("give a smaller --image-size, or train fewer layers.")
+
+
+def test_a_number_format_that_does_not_fit_is_not_tried(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs(*about: Any) -> StepMemory:
+        return StepMemory(0, 9 * 10**9 if about[2] == torch.float32 else 10**6, 10**9, shared=True)
+
+    monkeypatch.setattr(compute, "step_memory", needs)
+    own = dataclasses.replace(recipe, cache_dir=tmp_path / "cache", precision="auto", epochs=1)
+    chosen = run(own, tmp_path / "run")["computed"]["training"]
+    assert chosen["precision"] == "bf16"
+    assert "fp32" not in chosen["reason"], "it was not even timed"
+
+
+def test_a_device_whose_memory_runs_out(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
+
+    monkeypatch.setattr(Trainer, "train_epoch", step)
+    words = words_of(TrainingError, recipe, tmp_path / "run")
+    assert words.startswith("The device's memory ran out (CUDA out of memory. Tried to allocate 2 GiB.). Start a new")
 
 
 def test_features_that_leave_no_memory_for_training(

@@ -47,6 +47,13 @@ def test_what_the_user_gives_wins() -> None:
     assert (recipe.lr, recipe.epochs, recipe.weights, recipe.keep_head) == (0.3, 2, "some.pth", True)
 
 
+def test_another_optimiser_brings_a_rate_of_its_kind() -> None:
+    assert baseline_recipe("figure1", "fast", {"optimizer": "adam"}).lr == 1e-3
+    assert baseline_recipe("identity", "assignment", {"optimizer": "sgd"}).lr == 0.04
+    assert baseline_recipe("figure1", "fast", {"optimizer": "adamw", "lr": 0.005}).lr == 0.005
+    assert baseline_recipe("figure1", "fast", {"optimizer": "sgd"}).lr == 0.2
+
+
 def test_the_registered_name_means_the_same() -> None:
     assert baseline_recipe("finetune_identity", "fast", {}) == baseline_recipe("identity", "fast", {})
 

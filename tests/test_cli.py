@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import signal
@@ -150,6 +151,16 @@ def test_config_and_flags(root: Path) -> None:
     first, other = (tomllib.loads(Path(folder, "recipe.toml").read_text()) for folder in ("out", "other"))
     assert {name for name in first if first[name] != other[name]} == {"lr"}
     assert other["lr"] == 0.5
+
+
+def test_a_recipe_repeats_its_run_from_another_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page says to go to its folder; paths that were typed elsewhere must hold there."""
+    words = [os.path.relpath(word) if Path(word).is_absolute() else word for word in run_words(root)]
+    assert invoke(*words).exit_code == 0
+    monkeypatch.chdir("out")
+    again = invoke("run", "--config", "recipe.toml", "--output", "again")
+    assert again.exit_code == 0, again.output
+    assert Path("again/model.safetensors").read_bytes() == Path("model.safetensors").read_bytes()
 
 
 def test_auto_may_be_written_out(root: Path) -> None:

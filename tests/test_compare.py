@@ -44,8 +44,25 @@ def test_what_differs_and_what_it_brought(runs: list[Path]) -> None:
     assert why.points == pytest.approx(why.fit + why.gap)
 
 
+def test_other_weights_are_a_difference(runs: list[Path], tmp_path: Path) -> None:
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    summary["weights"] = {"source": "none", "sha256": None}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    for name in ("metrics.jsonl", "recipe.toml"):
+        (tmp_path / "other" / name).write_bytes((runs[1] / name).read_bytes())
+    result = compare([runs[1], tmp_path / "other"])
+    assert set(result.differing) == {"weights"}
+    assert result.differing["weights"][1] == "none"
+
+
 def test_time_runs_on_from_the_features(runs: list[Path]) -> None:
-    seconds, values, of = compare(runs).runs[0].by_time()
+    one = compare(runs).runs[0]
+    seconds, values, of = one.by_time()
+    spent = one.summary["seconds"]
+    assert 0 < spent["prefix_test"] < spent["prefix"]
+    trained = spent["prefix"] - spent["prefix_test"] + one.rows[0]["seconds"] + one.rows[0]["eval_seconds"]
+    assert seconds[0] == pytest.approx(trained), "the test's features come after the last epoch"
     assert of == "validation"
     assert len(seconds) == len(values) == 2
     assert seconds[0] < seconds[1]

@@ -266,3 +266,39 @@ def test_sizes_and_constants_do_not_cross() -> None:
             values = cut.prefix(images)
             assert all(len(value) == count for value in values)
             torch.testing.assert_close(cut.suffix(*values), model(images))
+
+
+class WithTable(nn.Module):
+    """Adds rows of a frozen table to a frozen part's output, and again where it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, stride=4)
+        self.table = nn.Parameter(torch.randn(2, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.table * 2  # two rows, which are no images
+        y = self.stem(x).mean((2, 3)) + rows[0] + self.table[1]
+        return self.head(y * self.scale + rows[1] + self.table[0])
+
+
+def test_a_table_with_as_many_rows_as_images_does_not_cross() -> None:
+    model = WithTable()
+    _, cut = taken_apart(model, ["scale", "head"], 8)
+    assert cut.prefix is not None
+    images = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        values = cut.prefix(images)
+        assert all(len(value) == 5 for value in values)
+        torch.testing.assert_close(cut.suffix(*values), model(images))
+
+
+def test_the_halves_share_no_frozen_tensor() -> None:
+    """The suffix moves to its device alone; the prefix must stay whole where it is."""
+    _, cut = taken_apart(WithTable(), ["scale", "head"], 8)
+    assert cut.prefix is not None
+    cut.suffix.double()  # changes tensors in place, as moving to a GPU does
+    assert all(value.dtype == torch.float32 for value in cut.prefix.state_dict().values())
+    assert len(cut.prefix(torch.randn(3, 3, 8, 8))) == len(cut.crossing)

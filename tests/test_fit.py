@@ -300,6 +300,23 @@ def test_predictions_are_in_order_and_of_the_image_as_it_is() -> None:
     torch.testing.assert_close(logits, expected)
 
 
+def test_inputs_are_computed_outside_autocast_in_evaluation_as_in_training() -> None:
+    """Otherwise a frozen part that is computed on the fly would give other values there."""
+    seen = []
+
+    class Watched(Table):
+        def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().take(rows, views)
+
+    trainer, split = make_trainer(), make_split()
+    assert isinstance(split.source, Table)
+    watched = replace(split, source=Watched(split.source.values))
+    predict(trainer.suffix, watched.source, torch.arange(8), CPU, torch.bfloat16)
+    trainer.train_epoch(watched, 0, lambda done, of: None, lambda: False)
+    assert set(seen) == {False}
+
+
 def test_predictions_that_are_not_finite_are_an_error() -> None:
     trainer, split = make_trainer(), make_split()
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 
 from finetune import precision
 from finetune.precision import COMPILE_GAIN, COMPILE_SECONDS, Choice, choose, remembered, step_seconds
+from weights.errors import UsageError
 
 CPU = torch.device("cpu")
 Tried = tuple[str, bool]
@@ -84,6 +85,15 @@ def test_a_format_that_was_asked_for_is_taken_and_the_other_not_tried() -> None:
 def test_where_bf16_does_not_run_fp32_does(error: Exception) -> None:
     choice = Bench({("fp32", False): 0.64, ("bf16", False): error}).choose()
     assert (choice.precision, choice.rate) == ("fp32", 100.0)
+
+
+def test_a_format_that_does_not_fit_in_memory_is_not_taken() -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    assert Bench({("fp32", False): full, ("bf16", False): 0.32}).choose().precision == "bf16"
+    with pytest.raises(
+        UsageError, match=r"^A step of 64 images needs more memory than cpu has; give a smaller --batch"
+    ):
+        Bench({("fp32", False): full, ("bf16", False): full}).choose()
 
 
 def test_fp32_that_does_not_run_is_no_choice_but_an_error() -> None:
