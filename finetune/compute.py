@@ -129,6 +129,7 @@ def _picker(
         "device": device_name(device),
         "arch": prepared.arch.full_name,
         "image_size": prepared.preprocessing.size,
+        "settings": prepared.model_args,
         "layers": list(prepared.selection.names),
         "torch": torch.__version__,
         "precision": recipe.precision,
