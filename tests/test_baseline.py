@@ -84,6 +84,18 @@ def test_show_recipe_prints_what_a_run_would_take() -> None:
     assert (shown["arch"], shown["lr"], shown["epochs"]) == ("finetune_identity", 0.04, 3)
 
 
+def test_the_assignments_page_has_commands_that_are_understood() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "assignments.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("    finetune baseline")]
+    shown = []
+    for words in commands:
+        done = CliRunner().invoke(app, ["baseline", *words, "--show-recipe"])
+        assert done.exit_code == 0, (words, done.stderr)
+        shown.append(tomllib.loads(done.stdout))
+    assert {one["arch"] for one in shown} == {f"finetune_{name}" for name in NETWORKS}
+    assert {one["val_fraction"] for one in shown} == {0.0}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with CIFAR files in `cifar`, and `run`: a multistage network of blocks 1,1,2, trained on them."""
