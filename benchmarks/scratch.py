@@ -1,11 +1,11 @@
 """Training from scratch: `finetune baseline` against the plain loop that a student would write, in turn.
 
     python benchmarks/scratch.py
-    python benchmarks/scratch.py --arch figure1 --arch multistage --rounds 5 --output
+    python benchmarks/scratch.py --arch figure1 multistage --output
 
 The plain loop: torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL images, a DataLoader with
-two workers, SGD with Nesterov momentum, fp32. Same network, same images, same batch size. Each candidate runs in a
-process of its own; medians of the rounds are compared.
+two workers, SGD with Nesterov momentum, fp32. Same network, same images, same batch size, same kind of augmentation.
+Each candidate runs in a process of its own, one after the other; medians of the rounds are compared.
 """
 
 from __future__ import annotations
@@ -15,19 +15,33 @@ import json
 import statistics
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from record import RESULTS, command_line, conditions, run_process, table, write_result
 from run_vs_script import rate
+from whole_job import choices_of_whole_job, write_part
 
 ARCHS = ("figure1", "figure1_shared", "singlestage", "multistage", "vgg16", "resnet50_layer4", "identity")
 BARS = {"figure1": 2.5, "multistage": 2.5}
 """How many times faster than the plain loop it should be, on two cores."""
 
+Rates = dict[str, list[float]]
+"""Images per second of every round, of "plain" and of "ours"."""
 
-def plain_loop(args: argparse.Namespace, arch: str) -> float:
-    """Return the images per second of one epoch of the plain loop, from the end of its first batch."""
+
+def plain_loop(part: Path, arch: str, batch: int) -> float:
+    """Train one epoch as a student would; nothing but the network and the reading of the file comes from finetune.
+
+    Args:
+        part: folder of images, as `write_part` leaves it.
+        arch: one of ours.
+        batch: images per step.
+
+    Returns:
+        Images per second, from the end of the first batch.
+    """
     import timm
     import torch
     from PIL import Image
@@ -37,7 +51,7 @@ def plain_loop(args: argparse.Namespace, arch: str) -> float:
     import finetune  # noqa: F401  (its networks are timm's from here on)
     from finetune.data import load_data
 
-    splits = load_data(args.data, val_fraction=0, limit=args.images)
+    splits = load_data(str(part), val_fraction=0)
     to_input = [transforms.ToTensor(), transforms.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))]
     augment = transforms.Compose([transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), *to_input])
 
@@ -66,59 +80,88 @@ def plain_loop(args: argparse.Namespace, arch: str) -> float:
         optimizer.step()
         total += loss.item()
 
-    return rate(DataLoader(Pictures(), args.batch_size, shuffle=True, num_workers=2), step)
+    # Persistent, so that ending the workers is not timed.
+    return rate(DataLoader(Pictures(), batch, shuffle=True, num_workers=2, persistent_workers=True), step)
 
 
-def ours(args: argparse.Namespace, arch: str) -> float:
-    """Return the images per second of the second epoch of `finetune baseline`."""
+def ours(part: Path, arch: str, batch: int, compile_mode: str) -> float:
+    """Train two epochs as `finetune baseline` does; formats are chosen as for all of CIFAR-100.
+
+    Args:
+        part: folder of images, as `write_part` leaves it.
+        arch: one of ours.
+        batch: images per step.
+        compile_mode: as for --compile.
+
+    Returns:
+        Images per second of the second epoch; the first one holds first calls and compiling.
+    """
     from finetune.allocator import tune_allocator
-    from finetune.baseline import baseline_recipe
-    from finetune.events import Events
 
     tune_allocator()  # as the command does, before torch is imported
+
+    from finetune.baseline import baseline_recipe
+    from finetune.events import Events
     from finetune.pipeline import run
+    from weights.errors import StoppedError
 
     rates: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
+    events = Events(epoch=lambda row, _: rates.append(row["images_per_second"]))
+    with tempfile.TemporaryDirectory() as folder, choices_of_whole_job(), suppress(StoppedError):
         given = {
-            "data": args.data, "limit": args.images, "batch_size": args.batch_size, "epochs": 2, "val_fraction": 0.0,
-            "cache_dir": Path(folder) / "cache", "lr": 0.01, "device": "cpu", "compile": args.compile,
+            "data": str(part), "batch_size": batch, "epochs": 3, "val_fraction": 0.0, "lr": 0.01, "device": "cpu",
+            "compile": compile_mode, "cache_dir": Path(folder) / "cache",
         }  # fmt: skip
-        events = Events(epoch=lambda row, _: rates.append(row["images_per_second"]))
-        run(baseline_recipe(arch, "fast", given), Path(folder) / "run", events=events)
-    return rates[-1]
+        run(
+            baseline_recipe(arch, "fast", given),
+            Path(folder) / "run",
+            events=events,
+            stop=lambda: len(rates) == 2,  # so that no time goes into a third epoch and a test
+        )
+    return rates[1]
 
 
-def measure(args: argparse.Namespace, arch: str) -> dict[str, list[float]]:
+def measure(args: argparse.Namespace, arch: str, part: Path) -> Rates:
     """Run both candidates in turn; return images per second of every round."""
-    found: dict[str, list[float]] = {"plain": [], "ours": []}
+    found: Rates = {"plain": [], "ours": []}
     for number in range(args.rounds):
         for name, rates in found.items():
             command = [
-                sys.executable, __file__, "--step", name, "--arch", arch, "--data", args.data, "--images",
-                str(args.images), "--batch-size", str(args.batch_size), "--compile", args.compile,
+                sys.executable, __file__, "--step", name, "--arch", arch, "--data", str(part),
+                "--batch-size", str(args.batch_size), "--compile", args.compile,
             ]  # fmt: skip
             rates.append(float(json.loads(run_process(command).output.splitlines()[-1])))
-        print(f"{arch}, round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+        told = ", ".join(f"{name} {rates[-1]:,.1f} img/s" for name, rates in found.items())
+        print(f"{arch}, round {number + 1} of {args.rounds}: {told}", file=sys.stderr, flush=True)
     return found
+
+
+def row(arch: str, rates: Rates) -> list[str]:
+    """Return a network's line of the table."""
+    plain, fast = statistics.median(rates["plain"]), statistics.median(rates["ours"])
+    each = [after / before for before, after in zip(rates["plain"], rates["ours"], strict=True)]
+    bar = BARS.get(arch)
+    verdict = "" if bar is None else "reached" if fast / plain >= bar else "missed"
+    spread = f"{min(each):.2f} to {max(each):.2f}"
+    return [arch, f"{plain:,.0f}", f"{fast:,.0f}", f"{fast / plain:.2f}", spread, f"{bar:g}" if bar else "", verdict]
 
 
 def read_options() -> argparse.Namespace:
     """Read and check the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--arch", action="append", help=f"may be given several times; without it: {', '.join(ARCHS)}")
+    add("--arch", nargs="+", action="extend", choices=ARCHS, metavar="ARCH", help=f"default: {', '.join(ARCHS)}")
     add("--data", default="shapes100", help="CIFAR or shapes, by name or path (default: shapes100)")
     add("--images", type=int, default=4000, help="training images (default: 4000)")
     add("--batch-size", type=int, default=128, help="default: 128")
     add("--rounds", type=int, default=3, help="how often each candidate runs (default: 3)")
-    add("--compile", choices=("auto", "on", "off"), default="on", help="as for finetune baseline (default: on)")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="as for finetune baseline (default: auto)")
     add("--output", type=Path, nargs="?", const=RESULTS, help="write a dated result (default: benchmarks/results)")
     add("--step", choices=("plain", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.arch = args.arch or list(ARCHS)
-    if args.rounds < 1 or args.images < 2 * args.batch_size:
-        parser.error("--rounds must be at least 1, and --images two batches")
+    args.arch = list(dict.fromkeys(args.arch or ARCHS))
+    if args.rounds < 1 or args.batch_size < 2 or args.images < 2 * args.batch_size:
+        parser.error("--rounds must be at least 1, --batch-size 2, and --images two batches")
     return args
 
 
@@ -126,20 +169,21 @@ def main() -> None:
     """Run all rounds of all networks, print the table, and write the result."""
     args = read_options()
     if args.step:
-        print(json.dumps(plain_loop(args, args.arch[0]) if args.step == "plain" else ours(args, args.arch[0])))
+        part, arch = Path(args.data), args.arch[0]
+        plain = args.step == "plain"
+        print(plain_loop(part, arch, args.batch_size) if plain else ours(part, arch, args.batch_size, args.compile))
         return
     about = {**conditions(), "command": command_line()}
-    found = {arch: measure(args, arch) for arch in args.arch}
-    rows = []
-    for arch, rates in found.items():
-        plain, fast = statistics.median(rates["plain"]), statistics.median(rates["ours"])
-        bar = BARS.get(arch)
-        verdict = "" if bar is None else "reached" if fast / plain >= bar else "missed"
-        rows.append([arch, f"{plain:,.0f}", f"{fast:,.0f}", f"{fast / plain:.2f}", f"{bar:g}" if bar else "", verdict])
-    heading = ["network", "plain loop img/s", "finetune baseline img/s", "times", "bar", ""]
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part"
+        data = write_part(args.data, part, args.images, 2)  # nobody tests
+        found = {arch: measure(args, arch, part) for arch in args.arch}
+    few = "" if args.rounds >= 3 else f" Medians of {args.rounds} are no result: three rounds are the least."
+    heading = ["network", "plain loop img/s", "finetune baseline img/s", "times", "single rounds", "bar", ""]
     text = (
-        f"{args.images:,} training images of {Path(args.data).name}, batches of {args.batch_size}, medians of "
-        f"{args.rounds}, in turn.\n\n{table(heading, rows)}"
+        f"{args.images:,} training images of {data}, batches of {args.batch_size}, medians of {args.rounds}, "
+        f"candidates in turn.{few} The bars are meant for two cores.\n\n"
+        f"{table(heading, [row(arch, rates) for arch, rates in found.items()])}"
     )
     print(text)
     if args.output:

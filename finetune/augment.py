@@ -3,8 +3,9 @@
 Legend: B images in a batch, H and W pixels on disk, S pixels into the model. All functions work on whole batches, on
 whatever device the batch is on.
 
-A view is a deterministic version of an image, named by a number. `none` has one, `flip` two (as it is, mirrored): all
-outcomes there are. `crop` has no small set, so it draws `count` shifts and mirrorings per image from a seed.
+A view is a deterministic version of an image, named by a number. `none` has one, `flip` and `altflip` two (as it is,
+mirrored): all outcomes there are; the first draws one of them for each epoch, the second takes them in turn. `crop` has
+no small set, so it draws `count` shifts and mirrorings per image from a seed, and the places of `--cutout` with them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from weights.errors import UsageError
+
 CROP_SHARE = 8  # padding is 1/8 of the side: 4 pixels at 32 (He et al. 2015, "Deep Residual Learning", section 4.2)
 
 
@@ -23,14 +26,19 @@ class Views:
     """The views that one run draws on.
 
     Attributes:
-        kind: none, flip or crop.
+        kind: none, flip, altflip or crop.
         count: how many views each image has.
-        draws: int64 (count, N, 3) rows of (down, right, mirrored) for crop; None for the others.
+        draws: int64 (count, N, 3) rows of (down, right, mirrored) for crop, with cutout (count, N, 5) and a place (row,
+            column) behind; None for the others.
+        cutout: side in pixels of the square that is cut out of each image around its place; 0 cuts nothing.
+        fill: the square's colour.
     """
 
     kind: str
     count: int
     draws: torch.Tensor | None = None
+    cutout: int = 0
+    fill: tuple[int, ...] = (0, 0, 0)
 
     def apply(self, images: torch.Tensor, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """Return the wanted view of each image.
@@ -45,44 +53,79 @@ class Views:
         """
         if self.kind == "none":
             return images
-        if self.kind == "flip":
+        if self.kind in ("flip", "altflip"):
             return mirror(images, views == 1)
         if self.draws is None:
             raise ValueError("crop views need their draws: make them with make_views")
         draw = self.draws[views, rows].to(images.device)
-        return mirror(shift(images, draw[:, 0], draw[:, 1]), draw[:, 2] == 1)
+        images = mirror(shift(images, draw[:, 0], draw[:, 1]), draw[:, 2] == 1)
+        return cut_out(images, draw[:, 3:], self.cutout, self.fill) if self.cutout else images
 
     def describe(self, view: int) -> str:
         """Return text that differs whenever the view's pixels could: an ingredient of the feature cache's key.
 
-        `none` and the first view of `flip` are the same pixels, and share a text.
+        `none` and the first view of `flip` are the same pixels, and share a text; `flip` and `altflip` share both.
         """
         if self.draws is None:
             return "mirrored" if view else "as it is"
-        return f"crop {hashlib.sha256(self.draws[view].numpy().tobytes()).hexdigest()}"
+        square = f", cutout {self.cutout} of {self.fill}" if self.cutout else ""
+        return f"crop {hashlib.sha256(self.draws[view].numpy().tobytes()).hexdigest()}{square}"
 
 
-def make_views(kind: str, images: int, side: int, *, count: int | None, seed: int) -> Views:
+def make_views(
+    kind: str,
+    images: int,
+    side: int,
+    *,
+    count: int | None,
+    seed: int,
+    cutout: int = 0,
+    fill: tuple[int, ...] = (0, 0, 0),
+) -> Views:
     """Return the views of a set.
 
     Args:
-        kind: none, flip or crop.
+        kind: none, flip, altflip or crop.
         images: N, images in the set.
         side: the shorter side of an image in pixels.
         count: views per image for crop; the other kinds have their own number.
         seed: of crop's draws.
+        cutout: side in pixels of the square that crop cuts out; 0 is none.
+        fill: its colour: the one that is 0 after normalisation, as in DeVries and Taylor 2017, "Improved Regularization
+            of Convolutional Neural Networks with Cutout".
+
+    Raises:
+        UsageError: a square as large as the images.
     """
+    if cutout >= side:
+        raise UsageError(f"--cutout {cutout} covers whole images of {side} pixels; give less, such as {side // 4}.")
     if kind != "crop":
-        return Views(kind, 2 if kind == "flip" else 1)
+        return Views(kind, 1 if kind == "none" else 2)
     generator = torch.Generator().manual_seed(seed)
     count = count or 1
     span = 2 * max(1, side // CROP_SHARE) + 1
     shifts = torch.randint(span, (count, images, 2), generator=generator)
-    # Mirrored in every other view, beginning at random: two views in a row always show both sides (Jordan 2024, "94% on
-    # CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.6, "alternating flip").
     first = torch.randint(2, (1, images, 1), generator=generator)
-    mirrored = (first + torch.arange(count)[:, None, None]) % 2
-    return Views(kind, count, torch.cat([shifts, mirrored], dim=2))
+    mirrored = (first + torch.arange(count)[:, None, None]) % 2  # as alternating_views does for altflip
+    draws = [shifts, mirrored]
+    if cutout:
+        draws.append(torch.randint(side, (count, images, 2), generator=generator))
+    return Views(kind, count, torch.cat(draws, dim=2), cutout, fill)
+
+
+def alternating_views(images: int, epoch: int, seed: int) -> torch.Tensor:
+    """Return which of its two views each image shows in an epoch of `altflip`: int64 (N,) of 0 and 1.
+
+    An image begins with one of them at random and takes them in turn: two epochs in a row always show both sides
+    (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.6, "alternating flip").
+
+    Args:
+        images: N.
+        epoch: its number, from 0.
+        seed: of the run.
+    """
+    first = torch.randint(2, (images,), generator=torch.Generator().manual_seed(seed))
+    return (first + epoch) % 2
 
 
 def mirror(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
@@ -101,11 +144,30 @@ def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torc
     batch, _, height, width = images.shape
     pad = max(1, min(height, width) // CROP_SHARE)
     padded = functional.pad(images.float(), (pad, pad, pad, pad), mode="reflect").to(images.dtype)
-    rows = down[:, None] + torch.arange(height, device=images.device)  # (B, H)
-    columns = right[:, None] + torch.arange(width, device=images.device)  # (B, W)
-    which = torch.arange(batch, device=images.device)[:, None, None]
-    # Advanced indices around the colour slice put colour last: (B, H, W, 3) → (B, 3, H, W).
-    return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # All windows as a view (B, 3, 2 pad + 1, 2 pad + 1, H, W): one index per image is twice as fast as one per pixel.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(batch, device=images.device), :, down, right]
+
+
+def cut_out(images: torch.Tensor, places: torch.Tensor, side: int, fill: tuple[int, ...]) -> torch.Tensor:
+    """Return images with a square of one colour around a place; where it reaches over the border it is cut off.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        places: int64 (B, 2), row and column of the square's middle, in pixels of the shorter side.
+        side: of the square, in pixels.
+        fill: its colour, 0 to 255.
+    """
+    height, width = images.shape[-2:]
+
+    def inside(place: torch.Tensor, length: int) -> torch.Tensor:
+        start = place * length // min(height, width) - side // 2  # (B,)
+        offset = torch.arange(length, device=images.device) - start[:, None]  # (B, length)
+        return (offset >= 0) & (offset < side)
+
+    square = inside(places[:, 0], height)[:, None, :, None] & inside(places[:, 1], width)[:, None, None, :]
+    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)[:, None, None]
+    return torch.where(square, colour, images)
 
 
 @dataclass(frozen=True)

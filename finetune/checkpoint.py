@@ -12,7 +12,7 @@ from finetune.compute import Computing
 from finetune.fit import Progress, Trainer
 from finetune.images import DataSplits
 from finetune.models import Prepared
-from finetune.recipe import PLACES, Recipe, flag, to_table
+from finetune.recipe import AUTO, PLACES, Recipe, flag, to_table
 from weights.errors import RunError
 
 FORMAT = 2  # counts up whenever a checkpoint of before would go on to another result
@@ -54,16 +54,16 @@ def require_same(path: Path, state: dict[str, Any], recipe: Recipe, data: DataSp
     Raises:
         RunError: they differ; the message lists how.
     """
-    if state.get("format") != FORMAT:
+    if state.get("format") != FORMAT or _once_had_epochs_for_a_budget(state):
         raise RunError(
             f"{path} was begun by another version of finetune, which ordered and trained its images in another way; "
             f"start a new run with --config {path / 'recipe.toml'}."
         )
-    before, now = state["recipe"], to_table(recipe)
+    before, now = {**to_table(Recipe()), **state["recipe"]}, to_table(recipe)  # what is new since has its default
     changed = [
-        f"{flag(name)} {now[name]} (was {before.get(name, 'not known')})"
+        f"{flag(name)} {now[name]} (was {before[name]})"
         for name in now
-        if name not in (*PLACES, "data") and now[name] != before.get(name)
+        if name not in (*PLACES, "data") and now[name] != before[name]
     ]
     if changed:
         raise RunError(
@@ -80,3 +80,9 @@ def require_same(path: Path, state: dict[str, Any], recipe: Recipe, data: DataSp
             f"{path} began with other weights (sha256 {str(state['weights'])[:12]}…, now "
             f"{str(prepared.sha256)[:12]}…); bring the original weights back, or start a new run."
         )
+
+
+def _once_had_epochs_for_a_budget(state: dict[str, Any]) -> bool:
+    """Whether a budget was turned into a number of epochs when the run began; now the schedule follows the clock."""
+    budgeted: bool = state["recipe"].get("budget", AUTO) != AUTO
+    return budgeted and "share" not in state["trainer"]["schedule"]

@@ -53,8 +53,8 @@ class RunResult:
         and has no curve.
         """
         key = "val_accuracy" if all(row["val_accuracy"] is not None for row in self.rows) else "train_accuracy"
-        spent = self.summary["seconds"]
-        clock, seconds, values = float(spent["prefix"]) - float(spent.get("prefix_test", 0.0)), [], []
+        clock = float(self.summary["seconds"]["prefix"]) - float(self.summary["features"].get("test_seconds", 0.0))
+        seconds, values = [], []
         for row in self.rows:
             clock += row["seconds"] + row["eval_seconds"]
             seconds.append(clock)

@@ -313,8 +313,12 @@ def _plan(
     train_rate = computing.training.rate
     share = computing.windows.cost if computing.windows else 1.0
     per_image = share / train_rate + (1 / prefix_rate if live else 0.0)
-    evaluated = epochs * counts[1] + counts[2] + min(10_000, counts[0])
     eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
+    exact_rate = computing.training.exact_rate or train_rate  # the test runs in fp32
+    test_image = 1 / (EVALUATION_SPEEDUP * exact_rate) + (1 / test_rate if live else 0.0)
+    test_seconds = counts[2] * test_image + min(10_000, counts[0]) * eval_image
+    cached = not live and prefix_rate > 0
+    test_features = missing[1] / test_rate if cached else 0.0
     trained = set(prepared.selection.trained)
     parameters = dict(prepared.model.named_parameters())
     return Plan(
@@ -335,9 +339,11 @@ def _plan(
         feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
         epochs=epochs,
         batch_size=recipe.batch_size or 1,
-        feature_seconds=0.0 if live or not prefix_rate else missing[0] / prefix_rate + missing[1] / test_rate,
+        feature_seconds=missing[0] / prefix_rate + test_features if cached else 0.0,
         epoch_seconds=counts[0] * per_image,
-        eval_seconds=evaluated * eval_image,
+        eval_seconds=epochs * counts[1] * eval_image + test_seconds,
+        test_feature_seconds=test_features,
+        test_seconds=test_seconds,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,9 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from finetune.budget import Budget, PacedSchedule
 from finetune.optim import make_optimizer, make_schedule
+from finetune.order import epoch_batches, epoch_seed
 from finetune.recipe import Recipe
 from finetune.windows import Windows
 from weights.errors import TrainingError
@@ -62,6 +65,7 @@ class Progress:
         eval_seconds: evaluation time.
         prefix_seconds: time for features in processes that were stopped.
         total_seconds: time of the processes that were stopped, up to their last checkpoint.
+        unseen: images that the last epoch did not come to, because the time of a budget was over.
     """
 
     epoch: int = 0
@@ -72,6 +76,7 @@ class Progress:
     eval_seconds: float = 0.0
     prefix_seconds: float = 0.0
     total_seconds: float = 0.0
+    unseen: int = 0
 
 
 class Trainer:
@@ -86,6 +91,7 @@ class Trainer:
         device: where it trains.
         forward: what to call; the suffix when None.
         windows: what to train on of each feature map; all of it when None.
+        budget: the time that training may take; None takes as long as its epochs take.
     """
 
     def __init__(
@@ -98,15 +104,20 @@ class Trainer:
         device: torch.device,
         forward: Callable[..., torch.Tensor] | None = None,
         windows: Windows | None = None,
+        budget: Budget | None = None,
     ) -> None:
         if recipe.epochs is None or recipe.batch_size is None:
             raise ValueError("resolve the recipe first: epochs and batch_size are None")
         self.suffix, self.recipe, self.dtype, self.device = suffix, recipe, dtype, device
         self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
-        self.epochs, self.images, self.windows = recipe.epochs, images, windows
+        self.epochs, self.images, self.windows, self.budget = recipe.epochs, images, windows, budget
         self.batches = -(-images // recipe.batch_size)
         self.optimizer = make_optimizer(suffix, fresh, recipe)
-        self.schedule = make_schedule(self.optimizer, recipe, self.epochs * self.batches)
+        self.schedule: LRScheduler | PacedSchedule = (
+            PacedSchedule(self.optimizer, recipe, self.epochs * self.batches, budget)
+            if budget
+            else make_schedule(self.optimizer, recipe, self.epochs * self.batches)
+        )
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(suffix, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -140,10 +151,15 @@ class Trainer:
         """The module whose predictions count: the moving average where there is one."""
         return self.suffix if self.average is None else self.average.module
 
+    @property
+    def over(self) -> bool:
+        """Whether the time of a budget is over, or all of its steps are taken."""
+        return isinstance(self.schedule, PacedSchedule) and self.schedule.over
+
     def train_epoch(
         self, split: Split, epoch: int, report: Callable[[int, int], None], stop: Callable[[], bool]
     ) -> dict[str, float] | None:
-        """Train one epoch.
+        """Train one epoch, or as much of it as a budget has time for.
 
         Args:
             split: the training split.
@@ -152,8 +168,8 @@ class Trainer:
             stop: asked before each step; True abandons the epoch.
 
         Returns:
-            train_loss, train_accuracy (both running means over the epoch), lr (the last step's, of the first group);
-            None when stopped.
+            train_loss, train_accuracy (both running means over the epoch), lr (the last step's, of the first group),
+            images (how many were seen); None when stopped.
 
         Raises:
             TrainingError: the loss is no longer finite.
@@ -165,7 +181,7 @@ class Trainer:
         losses = torch.zeros((), device=self.device, dtype=exact)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
-        lr = 0.0
+        lr, seen = 0.0, 0
         for done, (rows, views) in enumerate(epoch_batches(self.images, self.batches, split.views, epoch, self.recipe)):
             if stop():
                 return None
@@ -177,13 +193,18 @@ class Trainer:
             loss, right = self.step(inputs, labels)
             losses += loss.to(exact) * len(rows)
             correct += right
-            if self.device.type == "cpu" or done % 50 == 0 or done + 1 == self.batches:
+            seen += len(rows)
+            last = done + 1 == self.batches or self.over
+            if self.device.type == "cpu" or done % 50 == 0 or last:
                 require_finite(loss, epoch * self.batches + done, lr)  # reading the loss waits for a GPU: not each step
             report(done + 1, self.batches)
+            if last:
+                break
         return {
-            "train_loss": float(losses) / self.images,
-            "train_accuracy": 100 * int(correct) / self.images,
+            "train_loss": float(losses) / seen,
+            "train_accuracy": 100 * int(correct) / seen,
             "lr": lr,
+            "images": seen,
         }
 
     def state(self) -> dict[str, Any]:
@@ -202,35 +223,6 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the seed of one epoch: any two (seed, epoch) pairs of a sensible size differ."""
-    return seed * 1_000_003 + epoch
-
-
-def epoch_batches(
-    images: int, batches: int, views: int, epoch: int, recipe: Recipe
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield one epoch's batches as (rows, views), int64 (B,) each.
-
-    The epoch visits every image once, in an order drawn from the epoch's seed. Batches differ in size by at most one,
-    so none is so small that its batch-norm statistics mean nothing. With one view per epoch each epoch has its own;
-    otherwise each image's view is drawn.
-
-    Args:
-        images: N.
-        batches: how many batches.
-        views: views per image.
-        epoch: number of the epoch, from 0.
-        recipe: seed, augment and epochs are read.
-    """
-    generator = torch.Generator().manual_seed(epoch_seed(recipe.seed, epoch))
-    order = torch.randperm(images, generator=generator)
-    drawn = torch.randint(views, (images,), generator=generator)
-    if recipe.augment == "crop" and views == recipe.epochs:
-        drawn = torch.full_like(drawn, epoch)
-    yield from zip(order.tensor_split(batches), drawn.tensor_split(batches), strict=True)
 
 
 def require_finite(loss: torch.Tensor, step: int, lr: float) -> None:
@@ -318,7 +310,7 @@ class Listener:
 
 
 def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, listener: Listener) -> bool:
-    """Train to the end of the recipe, or until patience is over.
+    """Train to the end of the recipe, or until patience or the time of a budget is over.
 
     Args:
         trainer: at the state that belongs to `progress`.
@@ -334,7 +326,7 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
         TrainingError: the loss is no longer finite.
     """
     patience = trainer.recipe.patience
-    while progress.epoch < trainer.epochs:
+    while progress.epoch < trainer.epochs and not trainer.over:
         if patience and progress.epoch - progress.best_epoch >= patience and progress.best_epoch:
             break
         epoch = progress.epoch
@@ -352,6 +344,7 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
             val_loss, val_accuracy = score(logits, val.labels)
         eval_seconds = time.perf_counter() - start
         progress.epoch += 1
+        progress.unseen = trainer.images - int(metrics["images"])
         progress.seconds += seconds
         progress.eval_seconds += eval_seconds
         row = {
@@ -363,7 +356,7 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
             "lr": metrics["lr"],
             "seconds": seconds,
             "eval_seconds": eval_seconds,
-            "images_per_second": trainer.images / seconds,
+            "images_per_second": metrics["images"] / seconds,
         }
         progress.rows.append(row)
         is_best = val_loss is not None and val_loss < progress.best_loss

@@ -9,16 +9,15 @@ import timm
 import torch
 from torch import nn
 
+from finetune.arch import network_settings, resolve_network, settings_with_weights
 from finetune.augment import Preprocessing
 from finetune.layers import Selection, freeze, select_layers
-from finetune.networks import NETWORKS, PREFIX, settings_of
-from finetune.recipe import Recipe, flag
-from weights.arch import Arch, resolve_arch
+from finetune.recipe import Recipe
+from weights.arch import Arch
 from weights.errors import UsageError
 from weights.load import Account, load_into, read_tensors
 from weights.locate import Found, locate
 
-SETTINGS = ("blocks", "shortcut", "hidden", "dropout")  # settings of a recipe that some networks have
 INTERPOLATIONS = ("bilinear", "bicubic")  # what torch can do on whole batches with antialiasing
 
 
@@ -53,17 +52,21 @@ def find_weights(recipe: Recipe) -> Found:
     """Find the recipe's weights and check its layer names, before any image is read.
 
     Args:
-        recipe: arch, weights, weights_dir, image_size and train_layers are read.
+        recipe: arch, weights, weights_dir, image_size, train_layers and the network's settings are read.
 
     Raises:
-        UsageError: unknown arch or layer.
-        WeightsError: no weights, or several that could be meant.
+        UsageError: unknown arch or layer, or a setting that the network does not have.
+        WeightsError: no weights, several that could be meant, or settings that disagree with theirs.
     """
-    arch = resolve_arch(recipe.arch)
+    arch = resolve_network(recipe.arch)
     head = head_names(arch)
     size = recipe.image_size or int(arch.config["input_size"][-1])
-    select_layers(_outline(arch, size, network_settings(recipe, arch)), recipe.train_layers, head)
-    return locate(arch, recipe.weights, recipe.weights_dir)
+    settings, found = network_settings(recipe, arch), None
+    if recipe.weights != "auto":  # a download waits until the layers are known to be there
+        found = locate(arch, recipe.weights, recipe.weights_dir)
+        settings = settings_with_weights(recipe, found)
+    select_layers(_outline(arch, size, settings), recipe.train_layers, head)
+    return found or locate(arch, recipe.weights, recipe.weights_dir)
 
 
 def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> Prepared:
@@ -72,7 +75,8 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
     The new layers' random values depend on the seed alone.
 
     Args:
-        recipe: arch, weights, weights_dir, allow_missing, train_layers, image_size and seed are read.
+        recipe: arch, weights, weights_dir, allow_missing, train_layers, image_size, seed and the network's settings
+            are read.
         classes: outputs of the new head.
         found: what `find_weights` returned; None finds them now.
 
@@ -83,8 +87,9 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
     found = found or find_weights(recipe)
     arch = found.arch
     size = recipe.image_size or int(arch.config["input_size"][-1])
+    settings = settings_with_weights(recipe, found)
     torch.manual_seed(recipe.seed)
-    model, model_args = build(arch, classes, size, network_settings(recipe, arch))
+    model, model_args = build(arch, classes, size, settings)
     head = head_names(arch)
     account = None
     if found.path is not None:
@@ -111,39 +116,6 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
         sha256=account.sha256 if account else None,
         account=account,
     )
-
-
-def network_settings(recipe: Recipe, arch: Arch) -> dict[str, Any]:
-    """Return the recipe's settings of the network itself, as arguments for `timm.create_model`.
-
-    Raises:
-        UsageError: a setting that the network does not have.
-    """
-    given = {
-        "blocks": tuple(_whole_number(part) for part in recipe.blocks) or None,
-        "shortcut": recipe.shortcut,
-        "hidden": recipe.hidden,
-        "dropout": recipe.dropout,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return {}
-    name = arch.name.removeprefix(PREFIX)
-    known = {**settings_of(name)} if name != arch.name and name in NETWORKS else {"dropout": 0.0}
-    for setting in given:
-        if setting not in known:
-            has = ", ".join(flag(one) for one in known if one in SETTINGS) or "none of these settings"
-            raise UsageError(f"{flag(setting)} does not belong to {name}, which has {has}; leave it out.")
-    if name == arch.name:
-        return {"drop_rate": given["dropout"]}
-    return given
-
-
-def _whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--blocks holds '{text}'; give whole numbers of at least 1, such as 2,2,2,2.") from None
 
 
 def build(

@@ -28,7 +28,7 @@ def train_figures(
 ) -> dict[str, float]:
     """Return train_accuracy in percent, in eval mode, of up to 10,000 training images drawn by the seed.
 
-    With `--augment crop` it is of each image's first version, which may be shifted and mirrored.
+    With cached views of `--augment crop` it is of each image's first one, which may be shifted and mirrored.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     rows = torch.randperm(len(train.labels), generator=generator)[:TRAIN_SAMPLE]
@@ -76,7 +76,7 @@ def summarise(
         "val_accuracy": row.get("val_accuracy"),
         "epochs": progress["epoch"],
         "kept_epoch": kept,
-        "images_seen": progress["epoch"] * len(data.train),
+        "images_seen": progress["epoch"] * len(data.train) - progress["unseen"],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parameters": {
             "total": sum(sizes.values()),
@@ -100,7 +100,11 @@ def summarise(
         "precision": "fp32" if formats == {"fp32"} else "bf16",
         "compile": bool(computing.training.compiled or (prefix and prefix.compiled)),
         "computed": computing.choices(),
-        "features": {"where": computing.placement.where, "bytes": computing.placement.bytes},
+        "features": {
+            "where": computing.placement.where,
+            "bytes": computing.placement.bytes,
+            "test_seconds": round(figures["test_feature_seconds"], 3),  # of seconds.prefix, what came after training
+        },
         "windows": {"map": windows.side, "sides": list(windows.sides)} if windows else None,
         "versions": {
             "python": platform.python_version(),

@@ -17,6 +17,7 @@ import torch
 
 from finetune import checkpoint, outcome
 from finetune.augment import Views, make_views
+from finetune.budget import Budget
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import DATA_NAMES, load_data
@@ -170,16 +171,20 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     frozen = fingerprint(prepared.model, prepared.selection.frozen)
     cut = cut_model(prepared.model, prepared.selection, _sample(data.train, prepared, 2))
     side = min(data.train.images.shape[-2:])
-    views = make_views(recipe.augment, len(data.train), side, count=recipe.views, seed=recipe.seed)
+    views = make_views(
+        recipe.augment,
+        len(data.train),
+        side,
+        count=recipe.views,
+        seed=recipe.seed,
+        cutout=recipe.cutout,
+        fill=tuple(round(255 * part) for part in prepared.preprocessing.mean),
+    )
     computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
-    if recipe.budget is not None and choices is None:  # a resumed run has settled on its epochs
-        epochs = plan.epochs_within(parse_seconds(recipe.budget, "--budget"))
-        if epochs < plan.epochs:
-            events.note(f"{epochs} of {plan.epochs} epochs fit into --budget {recipe.budget}.")
-            fresh = recipe.augment == "crop" and recipe.views == recipe.epochs
-            recipe = replace(recipe, epochs=epochs, views=epochs if fresh else recipe.views)
-            views = make_views(recipe.augment, len(data.train), side, count=recipe.views, seed=recipe.seed)
-            computing, plan = decide(recipe, data, prepared, cut, views, device, events, computing.choices())
+    if recipe.budget is not None:
+        plan = replace(plan, budget=parse_seconds(recipe.budget, "--budget"))
+        if choices is None:
+            plan.require_time(recipe.budget)
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
 
@@ -219,21 +224,13 @@ def _carry_out(
     if data.val is not None:
         plain = Views("none", 1)
         val = Split(_source(job, builder, data.val, plain, "validation"), data.val.labels, 1)
-    suffix = settle(job.cut.suffix, job.device)
-    trainer = Trainer(
-        suffix,
-        job.prepared.fresh,
-        recipe,
-        len(data.train),
-        job.computing.training.dtype,
-        job.device,
-        forward=compile_module(suffix) if job.computing.training.compiled else None,
-        windows=job.computing.windows,
-    )
+    trainer = _trainer(job, lambda: before.total_seconds + time.perf_counter() - started)
     best: dict[str, torch.Tensor] | None = None
     if state:
         trainer.load_state(state["trainer"])
         best = state["best"]
+    elif trainer.budget is not None:
+        trainer.budget.require_time(directory.path)
 
     def save(now: Progress, is_best: bool) -> None:
         nonlocal best
@@ -251,12 +248,32 @@ def _carry_out(
     )
     if not fit(trainer, train, val, progress, listener):
         raise _stopped(directory, progress, recipe)
+    done = progress.epoch - progress.unseen / len(data.train)
+    if trainer.over and done < trainer.epochs:
+        events.note(f"--budget {recipe.budget} ended training after {done:.1f} of {trainer.epochs} epochs.")
     if best is not None:
-        suffix.load_state_dict(best)
+        trainer.suffix.load_state_dict(best)
     elif trainer.average is not None:
-        suffix.load_state_dict(trainer.average.module.state_dict())
+        trainer.suffix.load_state_dict(trainer.average.module.state_dict())
     return _finish(
         job, directory, trainer, train, builder, progress, lambda: _clock(progress, before, started, builder)
+    )
+
+
+def _trainer(job: Job, spent: Callable[[], float]) -> Trainer:
+    """Return what trains, at its start; `spent` tells the seconds of the run so far."""
+    plan, computing = job.plan, job.computing
+    suffix = settle(job.cut.suffix, job.device)
+    return Trainer(
+        suffix,
+        job.prepared.fresh,
+        job.recipe,
+        len(job.data.train),
+        computing.training.dtype,
+        job.device,
+        forward=compile_module(suffix) if computing.training.compiled else None,
+        windows=computing.windows,
+        budget=None if plan.budget is None else Budget(plan.budget - plan.reserved_seconds, spent),
     )
 
 
@@ -279,6 +296,8 @@ def _finish(
     require_unchanged(job.prepared.model, job.frozen)
     start = time.perf_counter()
     module = trainer.suffix
+    if builder is None:  # nothing is computed ahead, so the images as they are cost no more than a view of them
+        train = replace(train, source=_source(job, None, job.data.train, Views("none", 1), "train"))
     figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
     logits = None
     progress.eval_seconds += time.perf_counter() - start
@@ -289,13 +308,13 @@ def _finish(
         logits = outcome.test_logits(module, source, len(job.data.test), job.device, job.recipe)
         figures |= outcome.test_figures(logits, job.data.test.labels)
         progress.eval_seconds += time.perf_counter() - start
+    figures["test_feature_seconds"] = builder.seconds - before_test if builder else 0.0
     require_unchanged(job.prepared.model, job.frozen)
     clock()
     seconds = {
         "total": progress.total_seconds,
         "compile": job.computing.compile_seconds,
         "prefix": progress.prefix_seconds,
-        "prefix_test": builder.seconds - before_test if builder else 0.0,  # of these, what the test's took
         "train": progress.seconds,
         "eval": progress.eval_seconds,
     }

@@ -11,7 +11,7 @@ from finetune.precision import Choice
 from weights.errors import UsageError
 
 DISK_RESERVE = 2 * 10**9  # bytes left free on the cache's disk, so that nothing else on it fails
-BUDGET_RESERVE = 0.1  # of --budget: a plan from a few timed steps has been off by that much
+CLOSING_RESERVE = 2.0  # times the expected time after training that --budget keeps for it: no clock steers that part
 MEMORY_SHARE = 0.6  # of what is free: training itself, and the system's file cache, want the rest
 
 
@@ -54,6 +54,9 @@ class Plan:
         feature_seconds: expected time for features.
         epoch_seconds: expected time of one epoch of training.
         eval_seconds: expected time of all evaluation.
+        test_feature_seconds: of feature_seconds, what comes after training: the test images.
+        test_seconds: of eval_seconds, what comes after training: the test, and the accuracy on training images.
+        budget: seconds that the run may take; None is any time.
     """
 
     arch: str
@@ -73,17 +76,47 @@ class Plan:
     feature_seconds: float
     epoch_seconds: float
     eval_seconds: float
+    test_feature_seconds: float = 0.0
+    test_seconds: float = 0.0
+    budget: float | None = None
 
     @property
     def total_seconds(self) -> float:
-        """Expected time of the whole run."""
+        """Expected time of the whole run, whatever its budget."""
         return self.feature_seconds + self.epochs * self.epoch_seconds + self.eval_seconds
 
-    def epochs_within(self, seconds: float) -> int:
-        """Return how many of the planned epochs fit into a time, at least one; a tenth of it is kept in reserve."""
-        per_epoch = self.epoch_seconds + self.eval_seconds / self.epochs
-        left = seconds * (1 - BUDGET_RESERVE) - self.feature_seconds
-        return max(1, min(self.epochs, int(left / per_epoch)))
+    @property
+    def reserved_seconds(self) -> float:
+        """What a budget keeps for the time after training, in which the last epoch's evaluation falls as well."""
+        validation = (self.eval_seconds - self.test_seconds) / self.epochs
+        return CLOSING_RESERVE * (self.test_feature_seconds + validation + self.test_seconds)
+
+    @property
+    def epochs_in_budget(self) -> float:
+        """How many of the planned epochs are expected to fit into the budget; 0 when it leaves no time to train."""
+        if self.budget is None:
+            return float(self.epochs)
+        epoch = self.epoch_seconds + (self.eval_seconds - self.test_seconds) / self.epochs
+        return min(float(self.epochs), max(0.0, self.budget - self._around()) / epoch)
+
+    def require_time(self, text: str) -> None:
+        """Refuse a budget that leaves no time to train.
+
+        Args:
+            text: the budget as the user wrote it.
+
+        Raises:
+            UsageError: features, test and evaluation take all of it.
+        """
+        if not self.epochs_in_budget:
+            raise UsageError(
+                f"--budget {text} leaves no time to train: features, evaluation and test need "
+                f"{duration(self._around())}; give more time, or fewer images with --limit."
+            )
+
+    def _around(self) -> float:
+        """Return the seconds that a budget needs before training and keeps for the time after it."""
+        return self.feature_seconds - self.test_feature_seconds + self.reserved_seconds
 
     def sentences(self) -> list[str]:
         """Return the plan as a few lines for people."""
@@ -106,7 +139,11 @@ class Plan:
         if not self.feature_views:
             rows = "no features to compute, " if self.placement.where in ("ram", "disk") else ""
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} of {duration(self.epoch_seconds)}"
-        lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all")
+        if self.budget is not None and self.epochs_in_budget < self.epochs:
+            epochs = f"about {self.epochs_in_budget:.1f} of {epochs}"
+            lines.append(f"expected: {rows}{epochs}, ended by --budget after {duration(self.budget)}")
+        else:
+            lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all")
         return lines
 
 

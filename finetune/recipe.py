@@ -64,11 +64,16 @@ class Recipe:
     label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
     ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
     budget: str | None = _setting(
-        None, "Time that the run may take, such as 20m or 2h: it takes as many of its epochs as fit, at least one."
+        None, "Time that the run may take, such as 20m or 2h: training ends in time, its schedule with it."
     )
     patience: int = _setting(0, "Stop after this many epochs without a lower validation loss, keep the best; 0 is off.")
     augment: str = _setting(
-        "flip", "flip mirrors half of the images; crop also shifts them.", choices=("none", "flip", "crop")
+        "flip",
+        "flip mirrors half of the images at random, altflip each in every other epoch; crop does that and shifts.",
+        choices=("none", "flip", "altflip", "crop"),
+    )
+    cutout: int = _setting(
+        0, "Side in pixels of a square that crop cuts out of each image (8 suits CIFAR-100, 16 CIFAR-10); 0 is off."
     )
     views: int | None = _setting(
         None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones."
@@ -148,6 +153,13 @@ def check(recipe: Recipe) -> None:
         raise UsageError(
             f"--views {recipe.views} goes with --augment crop only; {recipe.augment} has a fixed number of outcomes, "
             "and all of them are used."
+        )
+    if recipe.cutout < 0:
+        raise UsageError(f"--cutout is {recipe.cutout}; give 0 (off) or a number of pixels, such as 8.")
+    if recipe.cutout and recipe.augment != "crop":
+        raise UsageError(
+            f"--cutout {recipe.cutout} goes with --augment crop only, whose versions of an image are drawn anew; "
+            f"{recipe.augment} has a fixed number of them."
         )
     if not recipe.train_layers:
         raise UsageError("--train-layers is empty; name layers to train, such as head or layer4,fc, or all.")

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.arch import resolve_network
 from finetune.cut import cut_model
 from finetune.layers import Selection, freeze, is_inside, select_layers
 from finetune.models import build, check_size, head_names
-from weights.arch import resolve_arch
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def layer_table(arch_name: str, train_layers: tuple[str, ...], *, classes: int =
     Raises:
         UsageError: unknown architecture or layer.
     """
-    arch = resolve_arch(arch_name)
+    arch = resolve_network(arch_name)
     size = int(arch.config["input_size"][-1])
     model, _ = build(arch, classes, size)
     check_size(model, arch, size)

@@ -79,7 +79,7 @@ def choose_windows(recipe: Recipe, shapes: Sequence[tuple[int, ...]], suffix: nn
     """Return the windows that a run trains on, or None where it trains on whole maps.
 
     Args:
-        recipe: windows, epochs and patience are read.
+        recipe: windows, epochs, patience and budget are read.
         shapes: of one image's crossing tensors, such as (C, S, S); none where the model trains uncut.
         suffix: what trains.
 
@@ -88,10 +88,11 @@ def choose_windows(recipe: Recipe, shapes: Sequence[tuple[int, ...]], suffix: nn
     """
     if recipe.windows == "off":
         return None
-    if recipe.patience:
+    early = f"--patience {recipe.patience}" if recipe.patience else f"--budget {recipe.budget}"
+    if recipe.patience or recipe.budget is not None:
         raise UsageError(
-            f"--windows on and --patience {recipe.patience} do not go together, because a run that ends early would "
-            "never train on whole maps; leave one of them out."
+            f"--windows on and {early} do not go together, because a run that ends early would never train on whole "
+            "maps; leave one of them out."
         )
     side = shapes[0][-1] if shapes else 0
     squares = bool(shapes) and all(len(shape) == 3 and shape[1:] == (side, side) for shape in shapes)

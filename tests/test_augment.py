@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from finetune.augment import Preprocessing, Views, make_views
+from finetune.augment import Preprocessing, Views, alternating_views, make_views
+from weights.errors import UsageError
 
 
 def noise(count: int, height: int = 32, width: int = 32, *, seed: int = 0) -> torch.Tensor:
@@ -75,6 +76,57 @@ def test_a_view_does_not_depend_on_what_else_is_in_the_batch() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+def slow_cutout(image: torch.Tensor, row: int, column: int, side: int, fill: tuple[int, ...]) -> torch.Tensor:
+    """Paint a square of one image (3, H, W), pixel by pixel, where it lies inside the image."""
+    image = image.clone()
+    for y in range(row - side // 2, row - side // 2 + side):
+        for x in range(column - side // 2, column - side // 2 + side):
+            if 0 <= y < image.shape[1] and 0 <= x < image.shape[2]:
+                image[:, y, x] = torch.tensor(fill, dtype=torch.uint8)
+    return image
+
+
+@pytest.mark.parametrize("side", [3, 8])
+def test_cutout_is_what_a_slow_loop_gives(side: int) -> None:
+    images, rows, fill = noise(40, 16, 16), torch.arange(40), (129, 7, 255)
+    plain = make_views("crop", 40, 16, count=2, seed=5)
+    views = make_views("crop", 40, 16, count=2, seed=5, cutout=side, fill=fill)
+    assert plain.draws is not None
+    assert views.draws is not None
+    assert torch.equal(views.draws[..., :3], plain.draws)  # the same crops, with a square cut out
+    second = torch.ones_like(rows)
+    cropped, fast = plain.apply(images, rows, second), views.apply(images, rows, second)
+    places = views.draws[1, :, 3:].tolist()
+    assert {0, 15} <= {number for place in places for number in place}  # squares that the border cuts off, too
+    for number, (row, column) in enumerate(places):
+        assert torch.equal(fast[number], slow_cutout(cropped[number], row, column, side, fill))
+
+
+def test_a_wide_image_has_its_squares_everywhere() -> None:
+    views = make_views("crop", 300, 16, count=1, seed=0, cutout=6, fill=(255, 255, 255))
+    dark = torch.zeros(300, 3, 16, 48, dtype=torch.uint8)
+    made = views.apply(dark, torch.arange(300), torch.zeros(300, dtype=torch.int64))
+    assert bool((made > 0).any(0).all())
+
+
+def test_a_square_as_large_as_the_images() -> None:
+    with pytest.raises(UsageError) as error:
+        make_views("crop", 4, 32, count=1, seed=0, cutout=32)
+    assert str(error.value) == "--cutout 32 covers whole images of 32 pixels; give less, such as 8."
+
+
+def test_altflip_shows_both_sides_in_any_two_epochs() -> None:
+    views = make_views("altflip", 4, 32, count=None, seed=0)
+    images, rows = noise(4), torch.arange(4)
+    assert views.count == 2
+    assert torch.equal(views.apply(images, rows, torch.ones_like(rows)), images.flip(-1))
+    first, second, third = (alternating_views(2000, epoch, 0) for epoch in range(3))
+    assert torch.equal(first, 1 - second)
+    assert torch.equal(first, third)
+    assert 0.45 < first.float().mean() < 0.55
+    assert not torch.equal(first, alternating_views(2000, 0, 1))
+
+
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     first, again, other = (make_views("crop", 10, 32, count=2, seed=seed) for seed in (1, 1, 2))
     assert [first.describe(view) for view in range(2)] == [again.describe(view) for view in range(2)]
@@ -92,7 +144,11 @@ def test_a_description_differs_when_a_single_draw_does() -> None:
 
 def test_views_of_other_kinds_describe_themselves_apart() -> None:
     flip = Views("flip", 2)
-    assert len({flip.describe(0), flip.describe(1), Views("crop", 1, torch.zeros(1, 4, 3)).describe(0)}) == 3
+    draws = torch.zeros(1, 4, 5)
+    crops = [Views("crop", 1, draws), Views("crop", 1, draws, 8), Views("crop", 1, draws, 4)]
+    crops.append(Views("crop", 1, draws, 4, (1, 2, 3)))
+    assert len({flip.describe(0), flip.describe(1), *(crop.describe(0) for crop in crops)}) == 6
+    assert [Views("altflip", 2).describe(view) for view in range(2)] == [flip.describe(view) for view in range(2)]
 
 
 def test_crop_without_draws_is_a_mistake_of_the_caller() -> None:

@@ -107,6 +107,23 @@ def test_the_script_runs_in_a_process_of_its_own_whose_memory_is_watched(whole_j
     assert 0.1 < done.peak < 16
 
 
+def test_both_candidates_train_a_network_from_scratch(
+    whole_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cifar100_python(tmp_path / "all", 40, 20)
+    part = tmp_path / "part"
+    whole_job.write_part(str(tmp_path / "all"), part, 32, 2)
+    scratch = importlib.import_module("scratch")
+    monkeypatch.setattr("finetune.allocator.tune_allocator", lambda: None)  # it is for a process of its own
+    assert scratch.ours(part, "multistage", 8, "off") > 0
+    command = [sys.executable, str(BENCHMARKS / "scratch.py"), "--step", "plain", "--arch", "multistage"]
+    command += ["--data", str(part), "--images", "32", "--batch-size", "8"]
+    assert float(importlib.import_module("record").run_process(command).output) > 0
+    rates = {"plain": [10.0, 20.0, 30.0], "ours": [50.0, 20.0, 60.0]}
+    assert scratch.row("figure1", rates) == ["figure1", "20", "50", "2.50", "1.00 to 5.00", "2.5", "reached"]
+    assert scratch.row("vgg16", rates)[-2:] == ["", ""]
+
+
 def test_a_process_that_fails_says_why(whole_job: Any) -> None:
     run_process = importlib.import_module("record").run_process
     with pytest.raises(SystemExit, match=r"ended with 3:\nno luck"):

@@ -163,8 +163,10 @@ def test_every_view_has_a_key_of_its_own(usual: str) -> None:
     flip = keys(prepared(), views=make_views("flip", ROWS, 8, count=None, seed=0))
     crop = keys(prepared(), views=make_views("crop", ROWS, 8, count=2, seed=0))
     other_draws = keys(prepared(), views=make_views("crop", ROWS, 8, count=2, seed=1))
-    assert len({*flip, *crop, *other_draws, usual}) >= 6
-    assert not {*flip[1:], *crop, *other_draws} & {usual}
+    cutout = keys(prepared(), views=make_views("crop", ROWS, 8, count=2, seed=0, cutout=2))
+    colour = keys(prepared(), views=make_views("crop", ROWS, 8, count=2, seed=0, cutout=2, fill=(1, 2, 3)))
+    assert len({*flip, *crop, *other_draws, *cutout, *colour, usual}) >= 10
+    assert not {*flip[1:], *crop, *other_draws, *cutout, *colour} & {usual}
 
 
 @pytest.mark.parametrize(

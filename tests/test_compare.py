@@ -59,9 +59,9 @@ def test_other_weights_are_a_difference(runs: list[Path], tmp_path: Path) -> Non
 def test_time_runs_on_from_the_features(runs: list[Path]) -> None:
     one = compare(runs).runs[0]
     seconds, values, of = one.by_time()
-    spent = one.summary["seconds"]
-    assert 0 < spent["prefix_test"] < spent["prefix"]
-    trained = spent["prefix"] - spent["prefix_test"] + one.rows[0]["seconds"] + one.rows[0]["eval_seconds"]
+    prefix, test = one.summary["seconds"]["prefix"], one.summary["features"]["test_seconds"]
+    assert 0 < test < prefix
+    trained = prefix - test + one.rows[0]["seconds"] + one.rows[0]["eval_seconds"]
     assert seconds[0] == pytest.approx(trained), "the test's features come after the last epoch"
     assert of == "validation"
     assert len(seconds) == len(values) == 2
@@ -88,16 +88,21 @@ def test_runs_that_are_equal() -> None:
     assert Explained("a", "b", 0.0, 1.0, -1.0).sentence == "a and b get the same share of the test images right."
 
 
-def test_other_data_are_refused(runs: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "what"), [("sha256", "data"), ("test_sha256", "test images")])
+def test_other_data_are_refused(runs: list[Path], tmp_path: Path, key: str, what: str) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for name in ("metrics.jsonl", "recipe.toml"):
         (other / name).write_bytes((runs[0] / name).read_bytes())
     summary = json.loads((runs[0] / "summary.json").read_text())
-    summary["data"] |= {"sha256": "0" * 64, "name": "cats"}
+    summary["data"] |= {key: "0" * 64, "name": "cats"}
     (other / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(UsageError, match=r"made on different data \(photos and cats\), so their results cannot be"):
+    with pytest.raises(UsageError) as error:
         compare([runs[0], other])
+    assert str(error.value) == (
+        f"{runs[0]} and {other} were made on different {what} (photos and cats), so their results cannot be compared; "
+        "give runs on the same data."
+    )
 
 
 def test_what_is_no_finished_run(runs: list[Path], tmp_path: Path) -> None:

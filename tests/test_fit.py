@@ -19,12 +19,12 @@ from finetune.fit import (
     Split,
     Trainer,
     cast,
-    epoch_batches,
     fit,
     predict,
     require_finite,
     score,
 )
+from finetune.order import epoch_batches
 from finetune.recipe import Recipe
 from weights.errors import TrainingError
 
@@ -110,6 +110,14 @@ def test_crop_has_a_view_for_each_epoch_or_draws_one_for_each_image() -> None:
     for epoch in range(3):
         assert set(flat(epoch_batches(50, 5, 3, epoch, crop))[1]) == {epoch}
     assert set(flat(epoch_batches(50, 5, 2, 1, crop))[1]) == {0, 1}
+
+
+def test_altflip_shows_each_image_from_its_other_side_in_the_next_epoch() -> None:
+    seen = []
+    for epoch in range(2):
+        rows, views = flat(epoch_batches(50, 5, 2, epoch, replace(SMALL, augment="altflip")))
+        seen.append(dict(zip(rows, views, strict=True)))
+    assert all(seen[0][row] + seen[1][row] == 1 for row in range(50))
 
 
 def test_an_epochs_figures_are_means_over_its_images() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,21 @@ def test_parameter_counts(name: str, classes: int, settings: dict[str, object], 
     change = (110 - 2 * classes) * (head.in_features + 1)  # the other class count of the two in the assignments
     assert sum(value.numel() for value in model.parameters()) == count
     assert sum(value.numel() for value in other.parameters()) == count + change
+
+
+def test_the_page_of_networks_draws_each_and_counts_as_the_code_does() -> None:
+    text = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", text, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(NETWORKS)
+    for name, *counts in rows:
+        section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert "```text\nimages" in section
+        for setting in settings_of(name):
+            assert f"`--{setting}" in section
+        for classes, count in zip((10, 100), counts, strict=True):
+            with torch.device("meta"):
+                model = timm.create_model(f"finetune_{name}", num_classes=classes)
+            assert f"{sum(value.numel() for value in model.parameters()):,}" == count, (name, classes)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

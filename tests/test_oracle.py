@@ -19,9 +19,10 @@ from torchvision.transforms import v2
 from finetune.augment import Preprocessing, Views, make_views
 from finetune.cut import cut_model
 from finetune.events import Events
-from finetune.fit import Source, Split, Trainer, epoch_batches
+from finetune.fit import Source, Split, Trainer
 from finetune.images import ImageSet
 from finetune.layers import freeze, select_layers
+from finetune.order import epoch_batches
 from finetune.plan import Placement
 from finetune.precision import Choice
 from finetune.prefix import PreparedPrefix, prepare_prefix

@@ -29,7 +29,7 @@ OTHER: dict[str, Any] = {
     "data_dir": Path("/data sets"), "labels": "coarse", "weights": "w.safetensors", "weights_dir": Path("models"),
     "allow_missing": ("layer4",), "image_size": 160, "epochs": 3, "batch_size": 7, "lr": 1e-7, "head_lr_scale": 1.0,
     "optimizer": "adamw", "momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.0,
-    "label_smoothing": 0.0, "ema": 0.998, "patience": 2, "augment": "crop", "views": 4, "windows": "on",
+    "label_smoothing": 0.0, "ema": 0.998, "patience": 2, "augment": "crop", "cutout": 8, "views": 4, "windows": "on",
     "val_fraction": 0.25,
     "keep_head": True, "blocks": ("1", "2"), "shortcut": "A", "hidden": 64, "dropout": 0.1, "budget": "20m",
     "limit": 100, "seed": 7, "device": "cpu", "precision": "bf16", "compile": "on", "cache": "disk",
@@ -127,7 +127,13 @@ NAN, INF = float("nan"), float("inf")
         ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be sgd, adam, adamw."),
         ({"labels": "x"}, "--labels is 'x'. It can be fine, coarse."),
         ({"schedule": "cos"}, "--schedule is 'cos'; did you mean cosine? It can be onecycle, cosine, constant."),
-        ({"augment": ""}, "--augment is ''. It can be none, flip, crop."),
+        ({"augment": ""}, "--augment is ''. It can be none, flip, altflip, crop."),
+        ({"cutout": -1}, "--cutout is -1; give 0 (off) or a number of pixels, such as 8."),
+        (
+            {"cutout": 8, "augment": "altflip"},
+            "--cutout 8 goes with --augment crop only, whose versions of an image are drawn anew; altflip has a fixed "
+            "number of them.",
+        ),
         ({"precision": "fp16"}, "--precision is 'fp16'; did you mean bf16? It can be auto, fp32, bf16."),
         ({"compile": "yes"}, "--compile is 'yes'. It can be auto, on, off."),
         ({"cache": "memory"}, "--cache is 'memory'. It can be auto, ram, disk, off."),

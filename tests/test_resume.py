@@ -89,8 +89,13 @@ def test_stopped_twice_and_resumed(recipe: Recipe, whole: Path, tmp_path: Path) 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cosine, moving average": {"schedule": "cosine", "ema": 0.9},
     "constant, adamw, patience": {"schedule": "constant", "optimizer": "adamw", "lr": 1e-4, "patience": 1},
-    "crop, uncached": {"augment": "crop"},
-    "all layers, adam": {"train_layers": ("all",), "optimizer": "adam", "lr": 1e-4},
+    "crop, uncached": {"augment": "crop", "cutout": 8},
+    "all layers, adam, altflip": {
+        "train_layers": ("all",),
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "augment": "altflip",
+    },
 }
 
 
@@ -152,6 +157,16 @@ def interrupt(now: bool, reached: list[int]) -> None:
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="it does not exist; give the folder of a run that was started before"):
         resume(tmp_path / "none")
+
+
+def test_a_checkpoint_from_before_a_setting_was_there(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    stop_run(recipe, tmp_path / "run", 2, 1)
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["recipe"]["cutout"]
+    torch.save(state, path)
+    resume(tmp_path / "run")
+    assert model_bytes(tmp_path / "run") == model_bytes(whole)
 
 
 def test_other_data(recipe: Recipe, tmp_path: Path) -> None:

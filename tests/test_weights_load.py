@@ -76,8 +76,9 @@ def test_the_head_may_be_absent_from_the_file(model: nn.Module, tensors: Tensors
 
 def test_keep_head_loads_the_head_and_refuses_another_class_count(model: nn.Module, tensors: Tensors) -> None:
     message = refused(model, tensors, keep_head=True)
-    assert "wrong shape: fc.weight (1000, " in message
-    assert "fc.bias (1000,), expected (10,)" in message
+    assert message.startswith(
+        "The weights (file.pth) were trained for 1000 classes and the data have 10; give data with"
+    )
     own = {**tensors, "fc.weight": torch.ones_like(model.get_submodule("fc").weight), "fc.bias": torch.ones(10)}
     account = load_into(model, own, head=("fc",), where="file.pth", keep_head=True)
     assert account.reinitialised == ()

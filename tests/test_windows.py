@@ -110,6 +110,8 @@ def test_layers_that_need_whole_maps(which: str) -> None:
 
 
 def test_a_run_that_may_end_early_gets_no_windows() -> None:
+    with pytest.raises(UsageError, match="--windows on and --budget 2h do not go together"):
+        chosen("on", [(4, 14, 14)], pooled(), budget="2h")
     with pytest.raises(UsageError, match="--windows on and --patience 3 do not go together"):
         chosen("on", [(4, 14, 14)], pooled(), patience=3)
 

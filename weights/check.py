@@ -170,6 +170,29 @@ def check_complete(
     )
 
 
+def check_classes(where: str, head: Iterable[str], wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Check that a head which is loaded has as many outputs as the model's.
+
+    Args:
+        where: where the tensors came from, for the message.
+        head: module names of the classifier.
+        wanted: the model's tensors, by name.
+        given: the file's tensors.
+
+    Raises:
+        WeightsError: with both numbers of classes.
+    """
+    for name in (f"{module}.weight" for module in head):
+        here, there = wanted.get(name), given.get(name)
+        if here is None or there is None or here.ndim != there.ndim or here.shape[1:] != there.shape[1:]:
+            continue  # another layer altogether, which check_complete says
+        if len(here) != len(there):
+            raise WeightsError(
+                f"The weights ({where}) were trained for {len(there)} classes and the data have {len(here)}; give data "
+                "with the same classes, or use finetune run without --keep-head, which gives them a new head."
+            )
+
+
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Check that there is no NaN and no infinity.
 

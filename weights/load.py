@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from weights.check import (
     check_allowed,
+    check_classes,
     check_complete,
     check_finite,
     check_same_network,
@@ -146,7 +147,8 @@ def load_into(
 
     Raises:
         UsageError: when the model has no layer of a name in `allow_missing`.
-        WeightsError: when tensors are missing, of the wrong shape or not finite, or most belong to another network.
+        WeightsError: when tensors are missing, of the wrong shape or not finite, most belong to another network, or the
+            head is kept and has another number of classes.
     """
     wanted = model.state_dict()
     check_allowed(model, allow_missing)
@@ -167,6 +169,8 @@ def load_into(
     check_same_network(
         name, where, given_body, fitting, unexpected, {n: t for n, t in needed.items() if n not in fresh}
     )
+    if keep_head:
+        check_classes(where, head, wanted, given)
     check_whole_layers(where, allow_missing, needed, missing)
     check_complete(name, where, needed, [n for n in missing if n not in fresh], given_body)
     check_finite(where, fitting)

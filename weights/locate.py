@@ -40,11 +40,14 @@ class Found:
         path: the weight file, None for random weights.
         arch: the network, with the preprocessing that belongs to this file.
         source: a short text for the user, without absolute paths.
+        model_args: what `timm.create_model` is to be given beside the class count, as config.json states it; None
+            without a config.json.
     """
 
     path: Path | None
     arch: Arch
     source: str
+    model_args: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class _Candidate:
     arch: Arch
     exact: bool
     label: str
+    model_args: Mapping[str, Any] | None = None
 
 
 def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *, download: bool = True) -> Found:
@@ -78,7 +82,7 @@ def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *
             raise WeightsError(f"{option} names {folder}, which is not a folder; give one that is.")
         best = _best_in(folder, arch)
         if best:
-            return Found(best.path, best.arch, f"local file {best.label}")
+            return Found(best.path, best.arch, f"local file {best.label}", best.model_args)
         passed_over = _other_tags(folder, arch)
         searched.append(f"{option} {folder}" + (f" (it holds {passed_over})" if passed_over else ""))
     cached = _in_caches(arch)
@@ -106,11 +110,11 @@ def _given(arch: Arch, path: Path) -> Found:
                 f"Found no weights for {arch.full_name} in {path}: looked for {arch.name}.*, {arch.name}-*.* "
                 f"({', '.join(SUFFIXES)}) or config.json with model.safetensors; it holds {there}."
             )
-        return Found(best.path, best.arch, f"local file {best.label}")
+        return Found(best.path, best.arch, f"local file {best.label}", best.model_args)
     if not path.is_file():
         raise WeightsError(f"--weights names {path}, which does not exist; expected auto, none, a file or a folder.")
     if path.name in HUB_FILES and (snapshot := _snapshot(path.parent, arch, given=True)):
-        return Found(path, snapshot.arch, f"local file {path.name}")
+        return Found(path, snapshot.arch, f"local file {path.name}", snapshot.model_args)
     tag = _tag_of(_stem(path.name), arch)
     if tag is None:
         return Found(path, arch, f"local file {path.name}")
@@ -177,7 +181,14 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
             way = full if tag in known_tags(name) else name
             raise WeightsError(f"{folder} holds weights of {full}, not of {arch.full_name}: give --arch {way} instead.")
         return None
-    return _Candidate(weights, _with_config(arch, tag, own, config), bool(tag) and tag == arch.tag, weights.name)
+    model_args = config.get("model_args")
+    return _Candidate(
+        weights,
+        _with_config(arch, tag, own, config),
+        exact=bool(tag) and tag == arch.tag,
+        label=weights.name,
+        model_args=model_args if isinstance(model_args, dict) else {},
+    )
 
 
 def _with_config(arch: Arch, tag: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Arch:

@@ -1,0 +1,41 @@
+"""Which images an epoch trains on, in which order, and which view of each: all of it from the seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from finetune.augment import alternating_views
+from finetune.recipe import Recipe
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of one epoch: any two (seed, epoch) pairs of a sensible size differ."""
+    return seed * 1_000_003 + epoch
+
+
+def epoch_batches(
+    images: int, batches: int, views: int, epoch: int, recipe: Recipe
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield one epoch's batches as (rows, views), int64 (B,) each.
+
+    The epoch visits every image once, in an order drawn from the epoch's seed. Batches differ in size by at most one,
+    so none is so small that its batch-norm statistics mean nothing. With one view per epoch each epoch has its own;
+    altflip takes its two in turn; otherwise each image's view is drawn.
+
+    Args:
+        images: N.
+        batches: how many batches.
+        views: views per image.
+        epoch: number of the epoch, from 0.
+        recipe: seed, augment and epochs are read.
+    """
+    generator = torch.Generator().manual_seed(epoch_seed(recipe.seed, epoch))
+    order = torch.randperm(images, generator=generator)
+    drawn = torch.randint(views, (images,), generator=generator)
+    if recipe.augment == "crop" and views == recipe.epochs:
+        drawn = torch.full_like(drawn, epoch)
+    elif recipe.augment == "altflip":
+        drawn = alternating_views(images, epoch, recipe.seed)[order]
+    yield from zip(order.tensor_split(batches), drawn.tensor_split(batches), strict=True)
