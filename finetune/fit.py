@@ -62,6 +62,7 @@ class Progress:
         eval_seconds: evaluation time.
         prefix_seconds: time for features in processes that were stopped.
         total_seconds: time of the processes that were stopped, up to their last checkpoint.
+        estimate: what the plan expected when the run began, as in the summary.
     """
 
     epoch: int = 0
@@ -72,6 +73,7 @@ class Progress:
     eval_seconds: float = 0.0
     prefix_seconds: float = 0.0
     total_seconds: float = 0.0
+    estimate: dict[str, Any] | None = None
 
 
 class Trainer:

@@ -2,13 +2,16 @@
 
     recipe ──► data ──► model ──► cut ──► how to compute ──► plan
 
-Nothing is written but remembered timings.
+`finetune run` and `finetune plan` both come through here, so they cannot disagree. Nothing is written but remembered
+timings.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +25,9 @@ from finetune.events import Events
 from finetune.images import DataSplits, ImageSet
 from finetune.layers import fingerprint
 from finetune.models import Prepared, find_weights, prepare_model
-from finetune.plan import Plan
-from finetune.recipe import Recipe, parse_seconds, resolve_auto
+from finetune.plan import Plan, duration
+from finetune.recipe import Recipe, check, parse_seconds, resolve_auto
+from finetune.rundir import require_empty
 from weights.errors import StoppedError, UsageError
 
 Stop = Callable[[], bool]
@@ -56,6 +60,29 @@ class Job:
     plan: Plan
 
 
+def plan_run(
+    recipe: Recipe, output: Path | None = None, *, events: Events | None = None, stop: Stop = lambda: False
+) -> Plan:
+    """Plan a run without beginning it: what `run` would do with the same arguments, up to the plan.
+
+    Steps are timed, and the timings remembered for the run; no feature is computed and no run directory made.
+
+    Args:
+        recipe: the settings.
+        output: the run directory to come; refused where `run` would refuse it.
+        events: told of notes and progress; silent when None.
+        stop: asked while data are read and steps are timed.
+
+    Raises:
+        UsageError, WeightsError, DataError, RunError, StoppedError: as for `run`, before it begins.
+    """
+    check(recipe)
+    if output is not None:
+        require_empty(output)
+    words = "Stopped before the plan was made; nothing was written."
+    return prepare(recipe, watched(events or Events(), stop, words)).plan
+
+
 def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = None) -> Job:
     """Look at data, weights and machine, and decide how everything will be computed; nothing is written but caches.
 
@@ -64,6 +91,7 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
         events: told of notes, progress and the plan.
         choices: a resumed run's choices of number format and compilation, kept instead of measured.
     """
+    started = time.perf_counter()
     device = pick_device(recipe.device)
     found = find_weights(recipe)
     data = load_data(
@@ -94,20 +122,39 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     side = min(data.train.images.shape[-2:])
     views = make_views(recipe.augment, len(data.train), side, count=recipe.views, seed=recipe.seed)
     computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
-    if recipe.budget is not None and choices is None:  # a resumed run has settled on its epochs
-        epochs = plan.epochs_within(parse_seconds(recipe.budget, "--budget"))
-        if epochs < plan.epochs:
-            events.note(f"{epochs} of {plan.epochs} epochs fit into --budget {recipe.budget}.")
+    budget = recipe.budget
+    if budget is not None and choices is None:  # a resumed run has settled on its epochs
+        asked = plan.epochs
+        epochs = plan.epochs_within(parse_seconds(budget, "--budget"))
+        if epochs < asked:
             fresh = recipe.augment == "crop" and recipe.views == recipe.epochs
             recipe = replace(recipe, epochs=epochs, views=epochs if fresh else recipe.views)
             views = make_views(recipe.augment, len(data.train), side, count=recipe.views, seed=recipe.seed)
             computing, plan = decide(recipe, data, prepared, cut, views, device, events, computing.choices())
+            plan = replace(plan, asked_epochs=asked)
+        events.note(_budgeted(plan, budget))
+    plan = replace(plan, start_seconds=time.perf_counter() - started)
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
 
 
+def _budgeted(plan: Plan, budget: str) -> str:
+    """Return what --budget came to."""
+    if plan.epochs == 1 and plan.total_seconds > parse_seconds(budget, "--budget"):
+        return f"Not one epoch fits into --budget {budget}: one is taken, in about {duration(plan.total_seconds)}."
+    if plan.epochs < plan.asked_epochs:
+        return f"{plan.epochs} of {plan.asked_epochs} epochs fit into --budget {budget}."
+    return f"All {plan.epochs} epochs fit into --budget {budget}."
+
+
 def watched(events: Events, stop: Stop, words: str) -> Events:
-    """Return events that end the preparation of a run when `stop` asks for it; there is nothing to save yet."""
+    """Return events that end the preparation of a run when `stop` asks for it; there is nothing to save yet.
+
+    Args:
+        events: the run's own.
+        stop: asked whenever there is progress.
+        words: what the StoppedError says.
+    """
 
     def progress(what: str, done: int, total: int) -> None:
         if stop():

@@ -78,6 +78,7 @@ def summarise(
         "kept_epoch": kept,
         "images_seen": progress["epoch"] * len(data.train),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "estimate": progress["estimate"],
         "parameters": {
             "total": sum(sizes.values()),
             "trained": sum(size for name, size in sizes.items() if name in trained),

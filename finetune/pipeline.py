@@ -106,6 +106,7 @@ def _carry_out(
     """Features, training, test, files."""
     recipe, data = job.recipe, job.data
     progress = Progress(**state["progress"]) if state else Progress()
+    progress.estimate = progress.estimate or job.plan.estimate()
     before = replace(progress)
 
     def stop_now() -> None:

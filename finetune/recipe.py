@@ -63,7 +63,7 @@ class Recipe:
     label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
     ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
     budget: str | None = _setting(
-        None, "Time that the run may take, such as 20m or 2h: it takes as many of its epochs as fit, at least one."
+        None, "Time for features, training and evaluation, such as 20m or 2h: as many epochs as fit, at least one."
     )
     patience: int = _setting(0, "Stop after this many epochs without a lower validation loss, keep the best; 0 is off.")
     augment: str = _setting(

@@ -87,6 +87,8 @@ def test_a_run_from_scratch_and_one_more_epoch_from_its_checkpoint(tmp_path: Pat
     assert first.exit_code == 0, first.stderr
     summary = json.loads(first.stdout)
     assert summary["arch"] == "finetune_multistage"
+    assert summary["estimate"]["epochs"] == 1
+    assert summary["estimate"]["seconds"].keys() == {"prefix", "train", "eval", "total"}
     assert summary["parameters"]["total"] == summary["parameters"]["trained"]
     loaded = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True).eval()
     assert loaded(torch.zeros(2, 3, 32, 32)).shape == (2, summary["data"]["classes"])
