@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from finetune.fit import Source
-    from finetune.pipeline import Job
+    from finetune.job import Job
 
 BARS = {"prefix": 0.8, "suffix, training": 0.6}  # of the matrix product's rate
 HELP_BAR = 1 / 3  # of the time of `import torch`
@@ -64,7 +64,7 @@ def cut_parts(job: Job) -> list[Part]:
     """Return the parts of a run whose model is cut: the prefix, and the suffix in training and in evaluation.
 
     Args:
-        job: what `finetune.pipeline.prepare` returned.
+        job: what `finetune.job.prepare` returned.
     """
     import torch
 
@@ -237,7 +237,7 @@ def verdict(good: bool) -> str:
 def prepare_parts(args: argparse.Namespace, folder: Path) -> tuple[list[Part], str]:
     """Prepare a cut and an uncut run on the same few images; return their parts and the data set's name."""
     from finetune.events import Events
-    from finetune.pipeline import prepare
+    from finetune.job import prepare
     from finetune.recipe import Recipe, check
 
     data = folder / "data"

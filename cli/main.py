@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import baseline, cache, compare, demo, layers, run
+from cli import baseline, cache, check, compare, demo, layers, plan, run
 from cli import list as listing
 from finetune.allocator import tune_allocator
 from weights.errors import FinetuneError, StoppedError
@@ -41,6 +41,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a pretrained image classifier: the layers that do not train are computed once.",
 )
+app.command("check")(check.check_command)
+app.command("plan")(plan.plan_command)
 app.command("run")(run.run_command)
 app.command("baseline")(baseline.baseline_command)
 app.command("layers")(layers.layers_command)

@@ -26,6 +26,10 @@ PANELS = {
     "Machine": ("device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget"),
 }  # fmt: skip
 
+Config = Annotated[
+    Path | None, typer.Option(help="Read settings from a recipe.toml; flags win over it.", show_default=False)
+]
+
 
 def recipe_options(
     command: Callable[..., Any], *, without: tuple[str, ...] = (), shown: dict[str, str] | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines
-from cli.options import make_recipe, recipe_options
+from cli.options import Config, make_recipe, recipe_options
 from finetune.recipe import Recipe, flag
 from weights.errors import UsageError
 
@@ -26,9 +26,7 @@ def run_command(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Read settings from a recipe.toml; flags win over it.", show_default=False)
-    ] = None,
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
 ) -> None:
     """Fine-tune a pretrained classifier on your images.

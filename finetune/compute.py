@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.augment import Views
 from finetune.cache import default_cache_dir
@@ -18,6 +17,7 @@ from finetune.device import device_name, find_compiler, free_memory, settle
 from finetune.events import Events
 from finetune.features import RowShape
 from finetune.fit import Trainer
+from finetune.forecast import make_plan
 from finetune.images import DataSplits, ImageSet
 from finetune.memory import StepMemory, step_memory
 from finetune.models import Prepared
@@ -28,8 +28,6 @@ from finetune.recipe import Recipe, parse_bytes
 from finetune.sources import FeatureBuilder
 from finetune.windows import Windows, choose_windows
 from weights.errors import UsageError
-
-EVALUATION_SPEEDUP = 3.0  # a forward pass against forward and backward: one of three passes of equal size
 
 
 @dataclass(frozen=True)
@@ -117,12 +115,12 @@ def decide(
     pick_training = _picker(only, prepared, device, events, choices)
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training)
     memory = memories[training.precision]
-    placement, missing = _place(recipe, data, views, prefix, memory.left(batch))
+    placement, missing, held = _place(recipe, data, views, prefix, memory.left(batch))
     memory.require_beside(placement, batch)
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
     computing = Computing(prefix, training, placement, windows)
-    return computing, _plan(recipe, data, prepared, cut, computing, views, device, missing)
+    return computing, make_plan(recipe, data, prepared, cut, computing, device, missing, held, cache_folder(recipe))
 
 
 def _picker(
@@ -252,13 +250,13 @@ def _choose_training(
 
 def _place(
     recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None, left: int | None
-) -> tuple[Placement, tuple[int, int]]:
-    """Return where features go, and how many rows are to be computed: of train and validation, and of the test.
+) -> tuple[Placement, tuple[int, int], int]:
+    """Return where features go, the rows to be computed (of train and validation, of the test), and the bytes there.
 
     Without a --memory-budget, features in memory take no more than training leaves (`left` bytes; None is no limit).
     """
     if prefix is None:
-        return Placement("uncut", False, 0, ""), (0, 0)
+        return Placement("uncut", False, 0, ""), (0, 0), 0
     plain = Views("none", 1)
     learned = [(data.train, views)] + ([(data.val, plain)] if data.val is not None else [])
     needed = held = 0
@@ -285,7 +283,7 @@ def _place(
         fresh_each_epoch=fresh,
     )
     which = 1 if placement.on_disk else 0
-    return placement, (absent[0][which], absent[1][which])
+    return placement, (absent[0][which], absent[1][which]), held if placement.on_disk else 0
 
 
 def memory_budget(recipe: Recipe) -> int:
@@ -295,72 +293,4 @@ def memory_budget(recipe: Recipe) -> int:
     return int(MEMORY_SHARE * free_memory())
 
 
-def _plan(
-    recipe: Recipe,
-    data: DataSplits,
-    prepared: Prepared,
-    cut: Cut,
-    computing: Computing,
-    views: Views,
-    device: torch.device,
-    missing: tuple[int, int],
-) -> Plan:
-    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
-    epochs = recipe.epochs or 1
-    prefix_rate = computing.prefix.choice.rate if computing.prefix else 0.0
-    test_rate = computing.prefix.for_test.choice.rate or prefix_rate if computing.prefix else 0.0
-    live = computing.placement.where == "off"
-    train_rate = computing.training.rate
-    share = computing.windows.cost if computing.windows else 1.0
-    per_image = share / train_rate + (1 / prefix_rate if live else 0.0)
-    eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
-    exact_rate = computing.training.exact_rate or train_rate  # the test runs in fp32
-    test_image = 1 / (EVALUATION_SPEEDUP * exact_rate) + (1 / test_rate if live else 0.0)
-    test_seconds = counts[2] * test_image + min(10_000, counts[0]) * eval_image
-    cached = not live and prefix_rate > 0
-    test_features = missing[1] / test_rate if cached else 0.0
-    trained = set(prepared.selection.trained)
-    parameters = dict(prepared.model.named_parameters())
-    return Plan(
-        arch=prepared.arch.full_name,
-        data=data.name,
-        counts=counts,
-        device=device_name(device),
-        parameters=(
-            sum(value.numel() for value in parameters.values()),
-            sum(value.numel() for name, value in parameters.items() if name in trained),
-        ),
-        trained_layers=prepared.selection.names,
-        frozen_share=frozen_share(prepared, cut),
-        prefix=computing.prefix.choice if computing.prefix else None,
-        training=computing.training,
-        placement=computing.placement,
-        window_share=share,
-        feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
-        epochs=epochs,
-        batch_size=recipe.batch_size or 1,
-        feature_seconds=missing[0] / prefix_rate + test_features if cached else 0.0,
-        epoch_seconds=counts[0] * per_image,
-        eval_seconds=epochs * counts[1] * eval_image + test_seconds,
-        test_feature_seconds=test_features,
-        test_seconds=test_seconds,
-    )
-
-
-def frozen_share(prepared: Prepared, cut: Cut) -> float:
-    """Return the prefix's share of a forward pass's multiply-adds, 0 to 1."""
-    if cut.prefix is None:
-        return 0.0
-    size = prepared.preprocessing.size
-    device = next(cut.suffix.parameters()).device
-    image = torch.zeros(2, 3, size, size)
-    with torch.no_grad():
-        with FlopCounterMode(display=False) as before:
-            values = cut.prefix(image)
-        with FlopCounterMode(display=False) as after:
-            cut.suffix(*(value.to(device) for value in values))
-    whole = before.get_total_flops() + after.get_total_flops()
-    return float(before.get_total_flops() / whole) if whole else 0.0
-
-
-__all__ = ["Computing", "RowShape", "cache_folder", "decide", "frozen_share"]
+__all__ = ["Computing", "RowShape", "cache_folder", "decide"]

@@ -80,21 +80,46 @@ def load_data(
     check_settings(val_fraction=val_fraction, limit=limit)
     try:
         raw = _read(data, data_dir, labels, image_size, progress, download)
-    except OSError as error:  # a folder without permission, a disk that fails
-        place, reason = error.filename or data, error.strerror or str(error)
-        raise DataError(f"{place} cannot be read ({reason}); make it readable, or give --data another path.") from error
+    except OSError as error:
+        raise cannot_read(data, error) from error
     return make_splits(raw, val_fraction=val_fraction, limit=limit, seed=seed)
 
 
 def _read(
     data: str, data_dir: Path | None, labels: str, image_size: int, progress: Progress | None, download: bool
 ) -> RawData:
+    found = find_data(data, data_dir=data_dir, labels=labels, download=download)
+    return (
+        read_folder(found, image_size=image_size, progress=progress)
+        if isinstance(found, Path)
+        else read_set(found, labels=labels, progress=progress)
+    )
+
+
+def find_data(
+    data: str, *, data_dir: Path | None = None, labels: str = "fine", download: bool = True
+) -> CifarFiles | Path | str:
+    """Find what `--data` names, without reading it.
+
+    Args:
+        data: as for `load_data`.
+        data_dir: as for `load_data`.
+        labels: `coarse` is refused where the data have no such labels.
+        download: as for `load_data`.
+
+    Returns:
+        CIFAR files, the root of an image folder, or the name of a set that the program draws.
+
+    Raises:
+        UsageError, DataError: as for `load_data`.
+        OSError: a folder that cannot be listed; `cannot_read` has the words for it.
+    """
     kind = next((kind for kind in KINDS if kind == data), None)
     if kind is not None:
-        return read_cifar(_find_cifar(kind, data_dir, download), labels=labels)
+        return _find_cifar(kind, data_dir, download)
     if data in SHAPES:
         _refuse_coarse(labels, data)
-        return draw_shapes(data, progress=progress)
+        return data
     path = Path(data).expanduser()
     if not data or not path.exists():
         if not data or (path.name == data and not path.suffix):
@@ -103,10 +128,20 @@ def _read(
             raise UsageError(f"--data {data!r} is neither a path that exists nor one of {known}{near or '.'}")
         raise DataError(f"There is nothing at {path}; expected a data set (or one of {', '.join(DATA_NAMES)}).")
     found = _at_path(path)
-    if isinstance(found, CifarFiles):
-        return read_cifar(found, labels=labels)
-    _refuse_coarse(labels, str(path))
-    return read_folder(found, image_size=image_size, progress=progress)
+    if isinstance(found, Path):
+        _refuse_coarse(labels, str(path))
+    return found
+
+
+def read_set(found: CifarFiles | str, *, labels: str = "fine", progress: Progress | None = None) -> RawData:
+    """Read CIFAR files, or draw a set, as `find_data` returned them; images keep their size."""
+    return draw_shapes(found, progress=progress) if isinstance(found, str) else read_cifar(found, labels=labels)
+
+
+def cannot_read(data: str, error: OSError) -> DataError:
+    """Return the error for data that the system does not give: no permission, a disk that fails."""
+    place, reason = error.filename or data, error.strerror or str(error)
+    return DataError(f"{place} cannot be read ({reason}); make it readable, or give --data another path.")
 
 
 def _refuse_coarse(labels: str, data: str) -> None:

@@ -106,9 +106,7 @@ def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.ui
             return None
         if resize:
             opened.draft(None, (2 * side, 2 * side))  # JPEG: decode at the smallest scale that keeps twice the side
-        opened.load()
-        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
-        image = to_rgb(opened if turn is None else opened.transpose(turn))
+        image = upright(opened)
     width, height = image.size
     if resize and min(width, height) != side:
         short = min(width, height)
@@ -116,6 +114,17 @@ def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.ui
         width, height = (max(side, round(length * side / short)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
     return np.asarray(_centre(image, side, side)).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
+
+
+def upright(opened: Image.Image) -> Image.Image:
+    """Load an opened file and return it turned as EXIF says, in 8-bit RGB.
+
+    Raises:
+        OSError, SyntaxError, ValueError, RuntimeError: as for `decode_image`.
+    """
+    opened.load()
+    turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+    return to_rgb(opened if turn is None else opened.transpose(turn))
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -150,7 +159,7 @@ def _shared_side(files: Sequence[Path]) -> int | None:
     """Return the shorter side that a sample of the images share, or None when they differ or cannot be opened."""
     sides = set()
     with warnings.catch_warnings():
-        _set_warnings()
+        set_warnings()
         for index in np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).astype(int).tolist():
             try:
                 with Image.open(files[index]) as image:
@@ -175,7 +184,7 @@ def _decode_all(
             try:
                 image = decode_image(files[index], side, resize=resize)
             except Exception as error:  # damaged bytes can make Pillow's readers raise nearly anything
-                outcome.unreadable.append((files[index], _reason(files[index], error)))
+                outcome.unreadable.append((files[index], reason_of(files[index], error)))
                 continue
             if image is None:
                 outcome.other_size = True
@@ -187,7 +196,7 @@ def _decode_all(
     done = 0
     # Filters are set here and not in the threads, where they would overwrite each other.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        _set_warnings()
+        set_warnings()
         futures = {pool.submit(decode_chunk, start): start for start in range(0, len(files), CHUNK)}
         try:
             for future in as_completed(futures):
@@ -210,13 +219,14 @@ def _decode_all(
     return pixels
 
 
-def _set_warnings() -> None:
+def set_warnings() -> None:
     """Make Pillow's size limit an error, and keep its remarks on odd files out of the terminal."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def _reason(path: Path, error: BaseException) -> str:
+def reason_of(path: Path, error: BaseException) -> str:
+    """Return in a few words why a file could not be decoded."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS or 0:,} pixels: a photo has to be scaled down"
     if path.is_file() and path.stat().st_size == 0:

@@ -66,6 +66,7 @@ class Progress:
         prefix_seconds: time for features in processes that were stopped.
         total_seconds: time of the processes that were stopped, up to their last checkpoint.
         unseen: images that the last epoch did not come to, because the time of a budget was over.
+        estimate: what the plan expected when the run began, as in the summary.
     """
 
     epoch: int = 0
@@ -77,6 +78,7 @@ class Progress:
     prefix_seconds: float = 0.0
     total_seconds: float = 0.0
     unseen: int = 0
+    estimate: dict[str, Any] | None = None
 
 
 class Trainer:

@@ -71,12 +71,12 @@ def has_splits(root: Path) -> bool:
 
     A `train` that holds images itself is a class of that name (of vehicles, say), not a split.
     """
-    return any(any(True for _ in _subfolders(place)) for place in _places_of(root, "train"))
+    return any(any(True for _ in subfolders(place)) for place in _places_of(root, "train"))
 
 
 def has_classes(root: Path) -> bool:
     """Tell whether any folder in `root` holds an image, at any depth."""
-    return any(_is_image(file) for folder in _subfolders(root) for file in _walk(folder))
+    return any(is_image(file) for folder in subfolders(root) for file in walk(folder))
 
 
 def read_folder(root: Path, *, image_size: int, progress: Progress | None = None) -> RawData:
@@ -95,14 +95,8 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
             cannot be read or do not fit in memory.
         OSError: a folder that cannot be listed.
     """
-    if has_splits(root):
-        places = _splits(root)
-    else:
-        lost = [place.name for split in ("val", "test") for place in _places_of(root, split) if has_classes(place)]
-        if lost:
-            raise DataError(f"{root} holds {' and '.join(lost)} with class folders but no train folder to learn from.")
-        places = {"train": root}
-    classes = _class_names(places["train"])
+    places = find_places(root)
+    classes = class_names(places["train"])
     listings = {split: _list_split(place, classes, split) for split, place in places.items()}
 
     files = [file for listing in listings.values() for file in listing.files]
@@ -121,15 +115,20 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
 
 def _places_of(root: Path, split: str) -> list[Path]:
     """List the folders in `root` that are called like a split."""
-    return sorted(folder for folder in _subfolders(root) if folder.name.lower() in SPLIT_NAMES[split])
+    return sorted(folder for folder in subfolders(root) if folder.name.lower() in SPLIT_NAMES[split])
 
 
-def _splits(root: Path) -> dict[str, Path]:
-    """Return the folder of each split that is there.
+def find_places(root: Path) -> dict[str, Path]:
+    """Return the folder of each split that is there; one pile of classes is all train.
 
     Raises:
-        DataError: two folders for one split.
+        DataError: two folders for one split, or splits without a train.
     """
+    if not has_splits(root):
+        lost = [place.name for split in ("val", "test") for place in _places_of(root, split) if has_classes(place)]
+        if lost:
+            raise DataError(f"{root} holds {' and '.join(lost)} with class folders but no train folder to learn from.")
+        return {"train": root}
     places = {}
     for split in SPLIT_NAMES:
         found = _places_of(root, split)
@@ -142,8 +141,13 @@ def _splits(root: Path) -> dict[str, Path]:
     return places
 
 
-def _class_names(train: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(_class_of(folder) for folder in _subfolders(train)))
+def class_names(train: Path) -> tuple[str, ...]:
+    """Return the classes that the folders of train stand for, sorted.
+
+    Raises:
+        DataError: fewer than two, one that two folders stand for, or splits that hold images instead of classes.
+    """
+    classes = tuple(sorted(class_of(folder) for folder in subfolders(train)))
     twice = [name for name, following in pairwise(classes) if name == following]
     if twice:
         raise DataError(f"{train} holds two folders for the class {twice[0]}, spelt with different bytes; merge them.")
@@ -158,7 +162,7 @@ def _class_names(train: Path) -> tuple[str, ...]:
     return classes
 
 
-def _class_of(folder: Path) -> str:
+def class_of(folder: Path) -> str:
     """Return the class that a folder stands for: its name, in Unicode's composed form.
 
     macOS and archives made there may write "é" as two characters, so that train and test would not agree on a name.
@@ -181,12 +185,12 @@ def _list_split(place: Path, classes: tuple[str, ...], split: str) -> _Listing:
     listing = _Listing()
     for file in place.iterdir():
         if file.is_file() and not file.name.startswith("."):
-            (listing.loose if _is_image(file) else listing.strays).append(file)
+            (listing.loose if is_image(file) else listing.strays).append(file)
     index = {name: label for label, name in enumerate(classes)}
-    for folder in sorted(_subfolders(place), key=_class_of):
-        name, files = _class_of(folder), list(_walk(folder))
-        images = sorted((file for file in files if _is_image(file)), key=lambda file: file.relative_to(folder).parts)
-        strays = [file for file in files if not _is_image(file)]
+    for folder in sorted(subfolders(place), key=class_of):
+        name, files = class_of(folder), list(walk(folder))
+        images = sorted((file for file in files if is_image(file)), key=lambda file: file.relative_to(folder).parts)
+        strays = [file for file in files if not is_image(file)]
         listing.strays += strays
         if not images:
             if split != "train":
@@ -205,13 +209,14 @@ def _list_split(place: Path, classes: tuple[str, ...], split: str) -> _Listing:
     return listing
 
 
-def _subfolders(folder: Path) -> Iterator[Path]:
+def subfolders(folder: Path) -> Iterator[Path]:
+    """Yield the folders in a folder, but for hidden ones and those that systems leave behind."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir() and not entry.name.startswith(".") and entry.name not in SKIPPED_FOLDERS:
             yield entry
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, hidden ones left out; links are followed, but never round in a circle.
 
     Raises:
@@ -234,7 +239,8 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Tell whether a file is an image by its suffix."""
     return file.suffix.lower() in IMAGE_SUFFIXES
 
 

@@ -118,11 +118,15 @@ def step_memory(
     few, more = (_held(suffix, shapes, dtype, device, images) for images in PROBES)
     image = max(0, more - few) // (PROBES[1] - PROBES[0])
     trained = sum(value.nbytes for value in suffix.parameters() if value.requires_grad)
-    states = 0 if recipe.optimizer == "sgd" and not recipe.momentum else STATES[recipe.optimizer]
-    fixed = max(0, few - PROBES[0] * image) + trained * (1 + states)  # 1: the gradients
+    fixed = max(0, few - PROBES[0] * image) + trained * (1 + optimizer_states(recipe))  # 1: the gradients
     if recipe.ema:
         fixed += sum(value.nbytes for value in suffix.parameters())
     return StepMemory(image, fixed, _free(device), shared=device.type != "cuda")
+
+
+def optimizer_states(recipe: Recipe) -> int:
+    """Return how many numbers the recipe's optimiser keeps for each trained one."""
+    return 0 if recipe.optimizer == "sgd" and not recipe.momentum else STATES[recipe.optimizer]
 
 
 def _held(

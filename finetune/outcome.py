@@ -78,6 +78,7 @@ def summarise(
         "kept_epoch": kept,
         "images_seen": progress["epoch"] * len(data.train) - progress["unseen"],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "estimate": progress["estimate"],
         "parameters": {
             "total": sum(sizes.values()),
             "trained": sum(size for name, size in sizes.items() if name in trained),
@@ -86,15 +87,7 @@ def summarise(
         "frozen_unchanged": True,
         "frozen_tensors": len(prepared.selection.frozen),
         "weights": {"source": prepared.source, "sha256": prepared.sha256},
-        "data": {
-            "name": data.name,
-            "sha256": data.sha256,
-            "test_sha256": data.test_sha256,
-            "classes": len(data.classes),
-            "train": len(data.train),
-            "val": len(data.val or ()),
-            "test": len(data.test or ()),
-        },
+        "data": _described(data),
         # Of what trained: a frozen part that only gave features stays on the CPU.
         "device": next(value for value in prepared.model.parameters() if value.requires_grad).device.type,
         "precision": "fp32" if formats == {"fp32"} else "bf16",
@@ -110,6 +103,19 @@ def summarise(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "torchvision", "timm", "finetune-timm")},
         },
+    }
+
+
+def _described(data: DataSplits) -> dict[str, Any]:
+    """Return what a run was made on."""
+    return {
+        "name": data.name,
+        "sha256": data.sha256,
+        "test_sha256": data.test_sha256,
+        "classes": len(data.classes),
+        "train": len(data.train),
+        "val": len(data.val or ()),
+        "test": len(data.test or ()),
     }
 
 

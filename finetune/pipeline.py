@@ -2,68 +2,37 @@
 
     data ──► model ──► cut ──► how to compute ──► plan ──► features ──► fit ──► test, proof, files
 
-`run` and `resume` are the two ways in. Everything before the run directory is made can fail without leaving a trace.
+`run` and `resume` are the two ways in; the steps up to the plan are in `finetune/job.py`. Everything before the run
+directory is made can fail without leaving a trace.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune import checkpoint, outcome
-from finetune.augment import Views, make_views
+from finetune.augment import Views
 from finetune.budget import Budget
-from finetune.compute import Computing, decide
-from finetune.cut import Cut, cut_model
-from finetune.data import DATA_NAMES, load_data
-from finetune.device import pick_device, settle
+from finetune.data import DATA_NAMES
+from finetune.device import settle
 from finetune.events import Events
 from finetune.fit import Listener, Progress, Source, Split, Trainer, fit
-from finetune.images import DataSplits, ImageSet
-from finetune.layers import fingerprint, require_unchanged
+from finetune.images import ImageSet
+from finetune.job import Job, Stop, prepare, watched
+from finetune.layers import require_unchanged
 from finetune.memory import exhaustion_explained
-from finetune.models import Prepared, find_weights, prepare_model
-from finetune.plan import Plan
 from finetune.precision import compile_module
-from finetune.recipe import Recipe, check, parse_seconds, resolve_auto, with_absolute_paths
+from finetune.recipe import Recipe, check, with_absolute_paths
 from finetune.report import write_report
 from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
-from weights.errors import StoppedError, UsageError
-
-Stop = Callable[[], bool]
-
-
-@dataclass
-class Job:
-    """Everything that a run knows once it has looked at data, weights and machine.
-
-    Attributes:
-        recipe: with epochs, batch size and views filled in.
-        data: the splits.
-        prepared: the model.
-        cut: the model, cut.
-        frozen: fingerprint of every frozen tensor as loaded.
-        device: where it runs.
-        views: the training images' views.
-        computing: number formats, compilation, places.
-        plan: what was told to the user.
-    """
-
-    recipe: Recipe
-    data: DataSplits
-    prepared: Prepared
-    cut: Cut
-    frozen: dict[str, str]
-    device: torch.device
-    views: Views
-    computing: Computing
-    plan: Plan
+from weights.errors import StoppedError
 
 
 def run(
@@ -94,7 +63,7 @@ def run(
     if output is not None:
         require_empty(output)  # again when it is made: this only spares the wait
     words = "Stopped before the run began; nothing was written, so start it again."
-    job = prepare(recipe, _watched(events, stop, words))
+    job = prepare(recipe, watched(events, stop, words))
     name = f"{job.prepared.arch.name}-{job.data.name}"
     with create_run_directory(output, name) as directory:
         # What follows from other settings stays auto, for whoever changes those.
@@ -129,80 +98,10 @@ def resume(path: Path, *, events: Events | None = None, stop: Stop = lambda: Fal
             return {**summary, "output": str(path)}
         state = directory.read_checkpoint()
         words = f"Stopped; go on with: finetune run --resume {path}"
-        job = prepare(recipe, _watched(events, stop, words), choices=None if state is None else state["choices"])
+        job = prepare(recipe, watched(events, stop, words), choices=None if state is None else state["choices"])
         if state is not None:
             checkpoint.require_same(path, state, job.recipe, job.data, job.prepared)
         return _carry_out(job, directory, state, events, stop, started)
-
-
-def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = None) -> Job:
-    """Look at data, weights and machine, and decide how everything will be computed; nothing is written but caches.
-
-    Args:
-        recipe: the settings.
-        events: told of notes, progress and the plan.
-        choices: a resumed run's choices of number format and compilation, kept instead of measured.
-    """
-    device = pick_device(recipe.device)
-    found = find_weights(recipe)
-    data = load_data(
-        recipe.data,
-        data_dir=recipe.data_dir,
-        labels=recipe.labels,
-        image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
-        val_fraction=recipe.val_fraction,
-        limit=recipe.limit,
-        seed=recipe.seed,
-        progress=events.progress,
-    )
-    for note in data.notes:
-        events.note(note)
-    if recipe.patience and data.val is None:
-        raise UsageError(
-            f"--patience {recipe.patience} needs validation images, and there are none: give --val-fraction 0.1, or "
-            "data with a val/ folder, or leave --patience out."
-        )
-    recipe = resolve_auto(recipe, len(data.train))
-    prepared = prepare_model(recipe, len(data.classes), found)
-    if prepared.account is not None:
-        events.note(prepared.account.sentence())
-    elif prepared.selection.frozen:
-        events.note("No weights were loaded (--weights none), so the layers that do not train keep random values.")
-    frozen = fingerprint(prepared.model, prepared.selection.frozen)
-    cut = cut_model(prepared.model, prepared.selection, _sample(data.train, prepared, 2))
-    side = min(data.train.images.shape[-2:])
-    views = make_views(
-        recipe.augment,
-        len(data.train),
-        side,
-        count=recipe.views,
-        seed=recipe.seed,
-        cutout=recipe.cutout,
-        fill=tuple(round(255 * part) for part in prepared.preprocessing.mean),
-    )
-    computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
-    if recipe.budget is not None:
-        plan = replace(plan, budget=parse_seconds(recipe.budget, "--budget"))
-        if choices is None:
-            plan.require_time(recipe.budget)
-    events.plan(plan)
-    return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
-
-
-def _watched(events: Events, stop: Stop, words: str) -> Events:
-    """Return events that end the preparation of a run when `stop` asks for it; there is nothing to save yet."""
-
-    def progress(what: str, done: int, total: int) -> None:
-        if stop():
-            raise StoppedError(words)
-        events.progress(what, done, total)
-
-    return replace(events, progress=progress)
-
-
-def _sample(images: ImageSet, prepared: Prepared, count: int) -> torch.Tensor:
-    """Return a few training images as the model sees them: float32 (count, 3, S, S)."""
-    return prepared.preprocessing(images.images[torch.arange(count) % len(images)])
 
 
 @exhaustion_explained()
@@ -212,6 +111,7 @@ def _carry_out(
     """Features, training, test, files."""
     recipe, data = job.recipe, job.data
     progress = Progress(**state["progress"]) if state else Progress()
+    progress.estimate = progress.estimate or job.plan.estimate()
     before = replace(progress)
 
     def stop_now() -> None:

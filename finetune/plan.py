@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -33,57 +34,107 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """What a run takes on disk.
+
+    Attributes:
+        cache_dir: folder of the feature cache.
+        held: bytes of this run's features that are there already.
+        write: bytes of features still to be written there.
+        free: bytes free on that disk now.
+        model: bytes of the finished run directory, to a few kilobytes.
+        checkpoint: bytes of the checkpoint that lies beside it until the run is finished.
+    """
+
+    cache_dir: Path
+    held: int
+    write: int
+    free: int
+    model: int
+    checkpoint: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The short form of a run before it starts.
+    """A run before it starts: `sentences` is what `finetune run` prints, `as_dict` all that `finetune plan` knows.
 
     Attributes:
         arch: full timm name.
+        image_size: input side in pixels.
         data: name of the data set.
+        classes: how many.
         counts: images in train, validation and test.
         device: name of the device.
-        parameters: in all, and how many train.
+        parameters: in all, how many train, and how many of the frozen ones lie behind the cut.
+        multiply_adds: of one image's forward pass: before the cut (computed once), and behind it (in every step).
         trained_layers: what trains, by name.
-        frozen_share: the prefix's share of a forward pass's multiply-adds, 0 to 1.
         prefix: choice for the prefix; None when uncut.
         training: choice for what trains.
         placement: where features will be.
         window_share: share of each feature map that a training step sees, 0 to 1; the whole is 1.
         feature_views: image views whose features are still to be computed.
+        disk: what the run takes on disk.
         epochs: how many.
+        budget: seconds that the run may take; None is any time.
         batch_size: images per step.
         feature_seconds: expected time for features.
         epoch_seconds: expected time of one epoch of training.
         eval_seconds: expected time of all evaluation.
         test_feature_seconds: of feature_seconds, what comes after training: the test images.
         test_seconds: of eval_seconds, what comes after training: the test, and the accuracy on training images.
-        budget: seconds that the run may take; None is any time.
+        start_seconds: time that was spent until the plan was known: reading the data, timing steps, compiling.
     """
 
     arch: str
+    image_size: int
     data: str
+    classes: int
     counts: tuple[int, int, int]
     device: str
-    parameters: tuple[int, int]
+    parameters: tuple[int, int, int]
+    multiply_adds: tuple[int, int]
     trained_layers: tuple[str, ...]
-    frozen_share: float
     prefix: Choice | None
     training: Choice
     placement: Placement
     window_share: float
     feature_views: int
+    disk: Disk
     epochs: int
     batch_size: int
     feature_seconds: float
     epoch_seconds: float
     eval_seconds: float
+    start_seconds: float = 0.0
     test_feature_seconds: float = 0.0
     test_seconds: float = 0.0
     budget: float | None = None
 
     @property
+    def frozen_share(self) -> float:
+        """The prefix's share of a forward pass's multiply-adds, 0 to 1."""
+        return self.multiply_adds[0] / max(1, sum(self.multiply_adds))
+
+    @property
     def total_seconds(self) -> float:
-        """Expected time of the whole run, whatever its budget."""
+        """Expected time from the plan on, whatever the budget: features, training and evaluation."""
         return self.feature_seconds + self.epochs * self.epoch_seconds + self.eval_seconds
+
+    def estimate(self) -> dict[str, Any]:
+        """Return what is expected of the run in the words of its summary, to be set against the outcome.
+
+        As there, `total` is the whole run's time: what was spent before the plan is in it.
+        """
+        epochs = self.epochs_in_budget
+        train = epochs * self.epoch_seconds
+        evaluation = self.test_seconds + epochs * (self.eval_seconds - self.test_seconds) / self.epochs
+        seconds = {
+            "prefix": self.feature_seconds,
+            "train": train,
+            "eval": evaluation,
+            "total": self.start_seconds + self.feature_seconds + train + evaluation,
+        }
+        return {"epochs": round(epochs, 2), "seconds": {name: round(value, 3) for name, value in seconds.items()}}
 
     @property
     def reserved_seconds(self) -> float:
@@ -118,9 +169,45 @@ class Plan:
         """Return the seconds that a budget needs before training and keeps for the time after it."""
         return self.feature_seconds - self.test_feature_seconds + self.reserved_seconds
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        total, trained, _ = self.parameters
+        train, val, test = self.counts
+        return {
+            "arch": self.arch,
+            "image_size": self.image_size,
+            "data": {"name": self.data, "classes": self.classes, "train": train, "val": val, "test": test},
+            "trained_layers": [name or "all" for name in self.trained_layers],
+            "parameters": {"total": total, "trained": trained, "frozen": total - trained},
+            "multiply_adds": {"once": self.multiply_adds[0], "every_step": self.multiply_adds[1]},
+            "device": self.device,
+            "training": _told(self.training),
+            "prefix": None if self.prefix is None else _told(self.prefix),
+            "features": {
+                "where": self.placement.where,
+                "on_disk": self.placement.on_disk,
+                "bytes": self.placement.bytes,
+                "reason": self.placement.reason,
+                "to_compute": self.feature_views,
+                "cache_dir": str(self.disk.cache_dir),
+                "held_bytes": self.disk.held,
+            },
+            "disk": {
+                "features": self.disk.write,
+                "free": self.disk.free,
+                "run": self.disk.model,
+                "checkpoint": self.disk.checkpoint,
+            },
+            "batch_size": self.batch_size,
+            "budget": self.budget,
+            "epochs": self.epochs,
+            "start_seconds": round(self.start_seconds, 3),
+            "estimate": self.estimate(),
+        }
+
     def sentences(self) -> list[str]:
         """Return the plan as a few lines for people."""
-        total, trained = self.parameters
+        total, trained, _ = self.parameters
         train, val, test = self.counts
         lines = [
             f"{self.arch} on {self.data}: {train:,} train, {val:,} validation, {test:,} test images",
@@ -145,6 +232,15 @@ class Plan:
         else:
             lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all")
         return lines
+
+
+def _told(choice: Choice) -> dict[str, Any]:
+    return {
+        "precision": choice.precision,
+        "compiled": choice.compiled,
+        "images_per_second": round(choice.rate, 1),
+        "reason": choice.reason,
+    }
 
 
 def duration(seconds: float) -> str:
@@ -194,7 +290,7 @@ def place(
                 "--memory-budget, lower --limit or --views, or use --cache disk."
             )
         return Placement("ram", False, needed, f"{size(needed)} in memory, nothing on disk")
-    free = psutil.disk_usage(str(_existing(cache_dir))).free - DISK_RESERVE
+    free = free_disk(cache_dir) - DISK_RESERVE
     fits_disk = needed <= limit and needed - held <= free
     if fits_disk:
         if fits_memory and mode == "auto":
@@ -213,9 +309,9 @@ def place(
     )
 
 
-def _existing(path: Path) -> Path:
-    """Return the nearest folder at or above `path` that exists."""
+def free_disk(path: Path) -> int:
+    """Return the bytes free on the disk of a folder that need not exist yet."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
-    return path
+    return int(psutil.disk_usage(str(path)).free)

@@ -127,6 +127,8 @@ def load(folder: Path) -> nn.Module:
 def test_a_run_from_scratch_trains_everything_and_is_judged_on_images_as_they_are(trained: Path) -> None:
     summary = json.loads((trained / "run" / "summary.json").read_text())
     assert summary["arch"] == "finetune_multistage"
+    assert summary["estimate"]["epochs"] == 1
+    assert summary["estimate"]["seconds"].keys() == {"prefix", "train", "eval", "total"}
     assert summary["parameters"]["total"] == summary["parameters"]["trained"]
     model = load(trained / "run")
     assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3)] == [1, 1, 2]

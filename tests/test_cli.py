@@ -23,7 +23,7 @@ from cli.main import app
 from cli.options import PANELS
 from finetune.recipe import Recipe, flag, to_table
 
-COMMANDS = ("run", "layers", "demo", "cache", "cache list", "cache clear")
+COMMANDS = ("check", "plan", "run", "layers", "demo", "cache", "cache list", "cache clear")
 
 
 @pytest.fixture(scope="module")

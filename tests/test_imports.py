@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"weights": {"weights"}, "finetune": {"finetune", "weights"}, "cli": {"cli", "finetune", "weights"}}
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
-DISTRIBUTIONS = {"PIL": "pillow"}  # where the name that is imported is not the name that is installed
+# Where the name that is imported is not the name that is installed.
+DISTRIBUTIONS = {"PIL": "pillow", "imagehash": "ImageHash"}
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -113,7 +114,10 @@ QUICK = (
     ["run", "--help"],
     ["layers", "--help"],
     ["cache", "--help"],
+    ["plan", "--help"],
+    ["check", "--help"],
     ["run", "--epochs", "0"],
+    ["plan", "--epochs", "0"],
     ["run", "--optimizer", "sdg"],
     ["run", "--no-such-flag"],
     ["run", "--resume", "r", "--lr", "1"],
@@ -131,4 +135,4 @@ def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
         "    print(code, *[name for name in ('torch', 'timm', 'torchvision', 'numpy', 'PIL') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == ["0"] * 5 + ["2"] * 4
+    assert done.stdout.splitlines() == ["0"] * 7 + ["2"] * 5

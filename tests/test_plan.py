@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune.plan import DISK_RESERVE, Placement, Plan, duration, place, size
+from finetune.plan import DISK_RESERVE, Disk, Placement, Plan, duration, place, size
 from finetune.precision import Choice
 from weights.errors import UsageError
 
@@ -134,22 +134,27 @@ def test_sizes_read_well(count: int, text: str) -> None:
 def make_plan(**changes: Any) -> Plan:
     usual: dict[str, Any] = {
         "arch": "resnet18.tv_in1k",
+        "image_size": 224,
         "data": "cifar100",
+        "classes": 100,
         "counts": (45000, 5000, 10000),
         "device": "a processor, 2 threads",
-        "parameters": (11_227_812, 8_445_028),
+        "parameters": (11_227_812, 8_445_028, 0),
+        "multiply_adds": (1_404_000_000, 410_000_000),
         "trained_layers": ("layer4", "fc"),
-        "frozen_share": 0.774,
         "prefix": Choice("bf16", True, 300.0, 40.0, "fp32 100 img/s, bf16 300 img/s"),
         "training": Choice("fp32", False, 1000.0, 0.0, "fp32 1000 img/s"),
         "placement": Placement("ram", True, 11 * GB, "11.0 GB in memory, kept on disk for the next run"),
         "window_share": 1.0,
         "feature_views": 105_000,
+        "disk": Disk(Path("cache"), held=0, write=11 * GB, free=100 * GB, model=45_000_000, checkpoint=68_000_000),
         "epochs": 8,
+        "budget": None,
         "batch_size": 128,
         "feature_seconds": 350.0,
         "epoch_seconds": 45.0,
         "eval_seconds": 18.0,
+        "start_seconds": 12.0,
     }
     return Plan(**{**usual, **changes})
 
@@ -194,3 +199,9 @@ def test_what_a_budget_leaves_for_epochs() -> None:
         "--budget 142s leaves no time to train: features, evaluation and test need 2 min 22 s; give more time, or "
         "fewer images with --limit."
     )
+
+
+def test_an_estimate_counts_what_was_spent_before_the_plan() -> None:
+    """As the summary does, which it is set against."""
+    seconds = {"prefix": 350.0, "train": 360.0, "eval": 18.0, "total": 740.0}
+    assert make_plan().estimate() == {"epochs": 8, "seconds": seconds}

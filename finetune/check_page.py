@@ -1,0 +1,144 @@
+"""The page of `finetune check`: findings, counts, and pictures of what is there twice."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from finetune.check import Check
+from finetune.page import html_page
+from weights.save import write_atomically
+
+SIDE = 96  # pixels of an example picture, at most
+SMALLEST = 64  # pictures smaller than this are shown at this side, their pixels enlarged by whole numbers
+ROWS = 24  # examples of each kind: with PNG pictures of this size the page stays below 2 MB
+MEMBERS = 4  # pictures of one group
+SIDE_BY_SIDE = "display: flex; flex-wrap: wrap; gap: .75rem; margin: .5rem 0 1rem"
+FRAME = "margin: 0; width: 9rem; font-size: .85rem; line-height: 1.35"
+PICTURE = "display: block; width: auto; height: auto; margin-bottom: .25rem"
+
+
+def write_page(path: Path, result: Check) -> None:
+    """Write a check as one self-contained HTML file.
+
+    Args:
+        path: the file; what is there is replaced.
+        result: the check.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    title = escape(f"{result.originals.name}: data check")
+    parts = [f"<h1>{title}</h1>", _findings(result), _leaks(result), _near(result), _identical(result)]
+    parts += [_splits(result), _classes(result), _listed(result)]
+    write_atomically(path, html_page(title, parts).encode())
+
+
+def _findings(result: Check) -> str:
+    if not result.findings:
+        return "<p>Nothing was found that could spoil a result.</p>"
+    rows = "".join(f'<tr><th scope="row">{one.level}</th><td>{escape(one.text)}</td></tr>\n' for one in result.findings)
+    return f"<h2>Findings</h2>\n<table>\n{rows}</table>"
+
+
+def _leaks(result: Check) -> str:
+    """Test images that are training images."""
+    pairs = [(train, test) for test, train in result.duplicates.leaks]
+    return _examples(result, "Test images that were trained on, pixel for pixel", pairs, [""] * len(pairs))
+
+
+def _near(result: Check) -> str:
+    pairs = [(pair.first, pair.second) for pair in result.duplicates.near]
+    bits = [f"{pair.distance} bit{'s' * (pair.distance != 1)} apart" for pair in result.duplicates.near]
+    return _examples(result, "Pictures that look alike, from training to test first", pairs, bits)
+
+
+def _identical(result: Check) -> str:
+    """Groups with the same pixels that are not from training to test."""
+    leaked = {test for test, _ in result.duplicates.leaks}
+    groups = [members for members in result.duplicates.groups if not leaked & set(members)]
+    told = [f"{len(members)} times" for members in groups]
+    return _examples(result, "The same picture more than once", groups, told)
+
+
+def _examples(result: Check, title: str, groups: Sequence[Sequence[int]], told: Sequence[str]) -> str:
+    """Return a section with the pictures of the first groups."""
+    if not groups:
+        return ""
+    figures = []
+    for members, words in list(zip(groups, told, strict=True))[:ROWS]:
+        pictures = "".join(_picture(result, image) for image in members[:MEMBERS])
+        note = f'<p class="soft" style="margin: 0">{escape(words)}</p>' if words else ""
+        figures.append(f'<div>{note}<div style="{SIDE_BY_SIDE}">{pictures}</div></div>\n')
+    more = f'<p class="soft">{ROWS} of {len(groups):,} are shown.</p>' if len(groups) > ROWS else ""
+    return f'<h2>{title}</h2>\n{more}<div class="pair">\n{"".join(figures)}</div>'
+
+
+def _picture(result: Check, image: int) -> str:
+    """Return an image as a figure that names its place and class."""
+    found = result.originals
+    place, name = escape(found.places[image]), escape(found.class_of(image))
+    try:
+        source = data_uri(found.picture(image))
+    except Exception:  # it was read a moment ago: removed or changed since, by whatever means
+        return f'<figure style="{FRAME}"><figcaption>{place} ({name}), gone since</figcaption></figure>'
+    return (
+        f'<figure style="{FRAME}"><img src="{source}" alt="{name}" style="{PICTURE}">'
+        f"<figcaption>{place} ({name})</figcaption></figure>"
+    )
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture as the address of a small PNG that needs no file: `data:image/png;base64,...`."""
+    small = picture.copy()
+    small.thumbnail((SIDE, SIDE))
+    if max(small.size) < SMALLEST:
+        times = SMALLEST // max(small.size)
+        small = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    small.save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _splits(result: Check) -> str:
+    """Images, sizes and modes of each split."""
+    rows = ""
+    for split, counts in result.originals.counts().items():
+        sizes = result.sizes(split).most_common(4)
+        listed = ", ".join(f"{width} × {height} ({count:,})" for (width, height), count in sizes)
+        more = len(result.sizes(split)) - len(sizes)
+        modes = ", ".join(f"{mode} ({count:,})" for mode, count in result.modes(split).most_common())
+        rows += (
+            f'<tr><th scope="row">{split}</th><td class="number">{sum(counts):,}</td>'
+            f"<td>{listed}{f' and {more:,} more' if more else ''}</td><td>{escape(modes)}</td></tr>\n"
+        )
+    heads = '<tr><td></td><th scope="col" class="number">images</th><th scope="col">sizes</th>'
+    heads += '<th scope="col">modes</th></tr>\n'
+    return f'<h2>Splits</h2>\n<div class="wide"><table>\n{heads}{rows}</table></div>'
+
+
+def _classes(result: Check) -> str:
+    """Images of each class in each split, the smallest class of train first."""
+    counts, names = result.originals.counts(), result.originals.classes
+    order = sorted(range(len(names)), key=lambda label: (counts["train"][label], names[label]))
+    most = max(1, *counts["train"])
+    heads = "".join(f'<th scope="col" class="number">{split}</th>' for split in counts)
+    rows = ""
+    for label in order:
+        cells = "".join(f'<td class="number">{numbers[label]:,}</td>' for numbers in counts.values())
+        bar = f'<td class="bar"><div style="width: {100 * counts["train"][label] / most:.1f}%"></div></td>'
+        rows += f'<tr><th scope="row">{escape(names[label])}</th>{cells}{bar}</tr>\n'
+    return f'<h2>Classes</h2>\n<div class="wide"><table>\n<tr><td></td>{heads}<td></td></tr>\n{rows}</table></div>'
+
+
+def _listed(result: Check) -> str:
+    """Everything that is damaged, in full."""
+    rows = "".join(
+        f"<tr><td>{escape(place)}</td><td>{escape(reason)}</td></tr>\n" for place, reason in result.originals.unreadable
+    )
+    return f"<h2>Files that cannot be read</h2>\n<table>\n{rows}</table>" if rows else ""

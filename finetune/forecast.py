@@ -1,0 +1,141 @@
+"""From measured rates to the plan: work, time per phase, disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.cut import Cut
+from finetune.device import device_name
+from finetune.images import DataSplits
+from finetune.memory import optimizer_states
+from finetune.models import Prepared
+from finetune.plan import Disk, Plan, free_disk
+from finetune.recipe import Recipe, parse_seconds
+
+if TYPE_CHECKING:
+    from finetune.compute import Computing
+
+EVALUATION_SPEEDUP = 3.0  # a forward pass against forward and backward: one of three passes of equal size
+TRAIN_SAMPLE = 10_000  # images of the training accuracy at the end (finetune/outcome.py)
+
+
+def make_plan(
+    recipe: Recipe,
+    data: DataSplits,
+    prepared: Prepared,
+    cut: Cut,
+    computing: Computing,
+    device: torch.device,
+    missing: tuple[int, int],
+    held: int,
+    cache_dir: Path,
+) -> Plan:
+    """Plan a run whose computing is decided.
+
+    Args:
+        recipe: with epochs and batch size filled in.
+        data: the splits.
+        prepared: the model.
+        cut: the model, cut.
+        computing: number formats with their measured rates, places.
+        device: where it runs.
+        missing: feature rows to compute, of train and validation, and of the test.
+        held: bytes of features that the cache holds already.
+        cache_dir: folder of the cache.
+    """
+    return Plan(
+        arch=prepared.arch.full_name,
+        image_size=prepared.preprocessing.size,
+        data=data.name,
+        classes=len(data.classes),
+        counts=(len(data.train), len(data.val or ()), len(data.test or ())),
+        device=device_name(device),
+        parameters=_parameters(prepared, cut),
+        multiply_adds=_multiply_adds(prepared, cut),
+        trained_layers=prepared.selection.names,
+        prefix=computing.prefix.choice if computing.prefix else None,
+        training=computing.training,
+        placement=computing.placement,
+        window_share=computing.windows.cost if computing.windows else 1.0,
+        feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
+        disk=_disk(recipe, data, prepared, cut, computing, held, cache_dir),
+        epochs=recipe.epochs or 1,
+        budget=parse_seconds(recipe.budget, "--budget") if recipe.budget else None,
+        batch_size=recipe.batch_size or 1,
+        **_seconds(recipe, data, computing, missing),
+    )
+
+
+def _seconds(recipe: Recipe, data: DataSplits, computing: Computing, missing: tuple[int, int]) -> dict[str, float]:
+    """Return the expected time of each phase, by the plan's names."""
+    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
+    prefix_rate = computing.prefix.choice.rate if computing.prefix else 0.0
+    test_rate = computing.prefix.for_test.choice.rate or prefix_rate if computing.prefix else 0.0
+    live = computing.placement.where == "off"
+    train_rate = computing.training.rate
+    share = computing.windows.cost if computing.windows else 1.0
+    per_image = share / train_rate + (1 / prefix_rate if live else 0.0)
+    eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
+    exact_rate = computing.training.exact_rate or train_rate  # the test runs in fp32
+    test_image = 1 / (EVALUATION_SPEEDUP * exact_rate) + (1 / test_rate if live else 0.0)
+    test_seconds = counts[2] * test_image + min(TRAIN_SAMPLE, counts[0]) * eval_image
+    cached = not live and prefix_rate > 0
+    test_features = missing[1] / test_rate if cached else 0.0
+    return {
+        "feature_seconds": missing[0] / prefix_rate + test_features if cached else 0.0,
+        "epoch_seconds": counts[0] * per_image,
+        "eval_seconds": (recipe.epochs or 1) * counts[1] * eval_image + test_seconds,
+        "test_feature_seconds": test_features,
+        "test_seconds": test_seconds,
+    }
+
+
+def _parameters(prepared: Prepared, cut: Cut) -> tuple[int, int, int]:
+    """Return how many parameters there are, how many train, and how many are frozen behind the cut."""
+    trained = set(prepared.selection.trained)
+    sizes = {name: value.numel() for name, value in prepared.model.named_parameters()}
+    behind = sum(value.numel() for value in cut.suffix.parameters() if not value.requires_grad)
+    return sum(sizes.values()), sum(count for name, count in sizes.items() if name in trained), behind
+
+
+def _multiply_adds(prepared: Prepared, cut: Cut) -> tuple[int, int]:
+    """Return the multiply-adds of one image before the cut and behind it."""
+    side, images = prepared.preprocessing.size, 2
+    device = next(cut.suffix.parameters()).device
+    pixels = torch.zeros(images, 3, side, side)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as before:
+            values = cut.prefix(pixels) if cut.prefix is not None else (pixels,)
+        with FlopCounterMode(display=False) as after:
+            cut.suffix(*(value.to(device) for value in values))
+    # A multiply-add is two floating-point operations.
+    return before.get_total_flops() // 2 // images, after.get_total_flops() // 2 // images
+
+
+def _disk(
+    recipe: Recipe,
+    data: DataSplits,
+    prepared: Prepared,
+    cut: Cut,
+    computing: Computing,
+    held: int,
+    cache_dir: Path,
+) -> Disk:
+    """Return what the run takes on disk: features, the finished run directory, the checkpoint on the way."""
+    trained = sum(value.nbytes for value in cut.suffix.parameters() if value.requires_grad)
+    suffix = sum(value.nbytes for value in cut.suffix.state_dict().values())
+    copies = 1 + bool(recipe.ema) + bool(recipe.patience)  # as it is, its moving average, its best epoch
+    scores = len(data.test or ()) * (4 * len(data.classes) + 8)  # float32 logits and an int64 label per test image
+    placement = computing.placement
+    return Disk(
+        cache_dir=cache_dir,
+        held=held,
+        write=placement.bytes - held if placement.on_disk else 0,
+        free=free_disk(cache_dir),
+        model=sum(value.nbytes for value in prepared.model.state_dict().values()) + scores,
+        checkpoint=copies * suffix + optimizer_states(recipe) * trained,
+    )

@@ -1,0 +1,170 @@
+"""What a run knows before it starts: data, model, cut, how it is computed, and the plan.
+
+    recipe ──► data ──► model ──► cut ──► how to compute ──► plan
+
+`finetune run` and `finetune plan` both come through here, so they cannot disagree. Nothing is written but remembered
+timings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.augment import Views, make_views
+from finetune.compute import Computing, decide
+from finetune.cut import Cut, cut_model
+from finetune.data import load_data
+from finetune.device import pick_device
+from finetune.events import Events
+from finetune.images import DataSplits, ImageSet
+from finetune.layers import fingerprint
+from finetune.models import Prepared, find_weights, prepare_model
+from finetune.plan import Plan
+from finetune.recipe import Recipe, check, resolve_auto
+from finetune.rundir import require_empty
+from weights.errors import StoppedError, UsageError
+
+Stop = Callable[[], bool]
+
+
+@dataclass
+class Job:
+    """Everything that a run knows once it has looked at data, weights and machine.
+
+    Attributes:
+        recipe: with epochs, batch size and views filled in.
+        data: the splits.
+        prepared: the model.
+        cut: the model, cut.
+        frozen: fingerprint of every frozen tensor as loaded.
+        device: where it runs.
+        views: the training images' views.
+        computing: number formats, compilation, places.
+        plan: what was told to the user.
+    """
+
+    recipe: Recipe
+    data: DataSplits
+    prepared: Prepared
+    cut: Cut
+    frozen: dict[str, str]
+    device: torch.device
+    views: Views
+    computing: Computing
+    plan: Plan
+
+
+def plan_run(
+    recipe: Recipe, output: Path | None = None, *, events: Events | None = None, stop: Stop = lambda: False
+) -> Plan:
+    """Plan a run without beginning it: what `run` would do with the same arguments, up to the plan.
+
+    Steps are timed, and the timings remembered for the run; no feature is computed and no run directory made.
+
+    Args:
+        recipe: the settings.
+        output: the run directory to come; refused where `run` would refuse it.
+        events: told of notes and progress; silent when None.
+        stop: asked while data are read and steps are timed.
+
+    Raises:
+        UsageError, WeightsError, DataError, RunError, StoppedError: as for `run`, before it begins.
+    """
+    check(recipe)
+    if output is not None:
+        require_empty(output)
+    words = "Stopped before the plan was made; nothing was written."
+    return prepare(recipe, watched(events or Events(), stop, words)).plan
+
+
+def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = None) -> Job:
+    """Look at data, weights and machine, and decide how everything will be computed; nothing is written but caches.
+
+    Args:
+        recipe: the settings.
+        events: told of notes, progress and the plan.
+        choices: a resumed run's choices of number format and compilation, kept instead of measured.
+    """
+    started = time.perf_counter()
+    device = pick_device(recipe.device)
+    found = find_weights(recipe)
+    data = load_data(
+        recipe.data,
+        data_dir=recipe.data_dir,
+        labels=recipe.labels,
+        image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
+        val_fraction=recipe.val_fraction,
+        limit=recipe.limit,
+        seed=recipe.seed,
+        progress=events.progress,
+    )
+    for note in data.notes:
+        events.note(note)
+    if recipe.patience and data.val is None:
+        raise UsageError(
+            f"--patience {recipe.patience} needs validation images, and there are none: give --val-fraction 0.1, or "
+            "data with a val/ folder, or leave --patience out."
+        )
+    recipe = resolve_auto(recipe, len(data.train))
+    prepared = prepare_model(recipe, len(data.classes), found)
+    if prepared.account is not None:
+        events.note(prepared.account.sentence())
+    elif prepared.selection.frozen:
+        events.note("No weights were loaded (--weights none), so the layers that do not train keep random values.")
+    frozen = fingerprint(prepared.model, prepared.selection.frozen)
+    cut = cut_model(prepared.model, prepared.selection, _sample(data.train, prepared, 2))
+    side = min(data.train.images.shape[-2:])
+    views = make_views(
+        recipe.augment,
+        len(data.train),
+        side,
+        count=recipe.views,
+        seed=recipe.seed,
+        cutout=recipe.cutout,
+        fill=tuple(round(255 * part) for part in prepared.preprocessing.mean),
+    )
+    computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
+    if recipe.budget is not None and choices is None:  # what a resumed run has left, its checkpoint knows
+        plan.require_time(recipe.budget)
+        events.note(_budgeted(plan, recipe.budget))
+    plan = replace(plan, start_seconds=time.perf_counter() - started)
+    events.plan(plan)
+    return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
+
+
+def _budgeted(plan: Plan, budget: str) -> str:
+    """Return what --budget comes to."""
+    if plan.epochs_in_budget < plan.epochs:
+        return (
+            f"About {plan.epochs_in_budget:.1f} of {plan.epochs} epochs fit into --budget {budget}; the learning rate "
+            "comes down in time for its end."
+        )
+    return f"All {plan.epochs} epochs fit into --budget {budget}."
+
+
+def watched(events: Events, stop: Stop, words: str) -> Events:
+    """Return events that end the preparation of a run when `stop` asks for it; there is nothing to save yet.
+
+    Args:
+        events: the run's own.
+        stop: asked whenever there is progress.
+        words: what the StoppedError says.
+    """
+
+    def progress(what: str, done: int, total: int) -> None:
+        if stop():
+            raise StoppedError(words)
+        events.progress(what, done, total)
+
+    return replace(events, progress=progress)
+
+
+def _sample(images: ImageSet, prepared: Prepared, count: int) -> torch.Tensor:
+    """Return a few training images as the model sees them: float32 (count, 3, S, S)."""
+    return prepared.preprocessing(images.images[torch.arange(count) % len(images)])
