@@ -14,8 +14,8 @@ from finetune.images import Progress
 from finetune.originals import Originals, read_originals
 from weights.errors import UsageError
 
-THRESHOLD = 4
-LARGEST_THRESHOLD = 16  # of 64 bits: unrelated pictures begin to be that near
+THRESHOLD = 4  # of 64 bits: beyond 6, pairs of CIFAR-100 begin to be of two classes (docs/data.md)
+LARGEST_THRESHOLD = 16  # at 12 most pairs are of two classes already
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _splits(result: Check) -> str:
         more = len(result.sizes(split)) - len(sizes)
         modes = ", ".join(f"{mode} ({count:,})" for mode, count in result.modes(split).most_common())
         rows += (
-            f'<tr><th scope="row">{split}</th><td class="number">{sum(counts):,}</td>'
+            f'<tr><th scope="row" style="white-space: nowrap">{split}</th><td class="number">{sum(counts):,}</td>'
             f"<td>{listed}{f' and {more:,} more' if more else ''}</td><td>{escape(modes)}</td></tr>\n"
         )
     heads = '<tr><td></td><th scope="col" class="number">images</th><th scope="col">sizes</th>'
