@@ -17,6 +17,7 @@ import torch
 
 from finetune import checkpoint, outcome
 from finetune.augment import Views, make_views
+from finetune.class_weights import class_weights
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import load_data
@@ -28,9 +29,10 @@ from finetune.layers import fingerprint, require_unchanged
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.precision import compile_module
+from finetune.predictions import illustrate, write_predictions
 from finetune.recipe import Recipe, check, parse_seconds, resolve_auto
 from finetune.report import write_report
-from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
+from finetune.rundir import PREDICTIONS, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
 from weights.errors import StoppedError, UsageError
 
@@ -226,6 +228,7 @@ def _carry_out(
         job.device,
         forward=compile_module(suffix) if job.computing.training.compiled else None,
         windows=job.computing.windows,
+        class_weights=class_weights(recipe.class_weights, data.train.labels, len(data.classes)),
     )
     best: dict[str, torch.Tensor] | None = None
     if state:
@@ -253,7 +256,7 @@ def _carry_out(
     elif trainer.average is not None:
         suffix.load_state_dict(trainer.average.module.state_dict())
     return _finish(
-        job, directory, trainer, train, builder, progress, lambda: _clock(progress, before, started, builder)
+        job, directory, trainer, train, val, builder, progress, lambda: _clock(progress, before, started, builder)
     )
 
 
@@ -268,6 +271,7 @@ def _finish(
     directory: RunDirectory,
     trainer: Trainer,
     train: Split,
+    val: Split | None,
     builder: FeatureBuilder | None,
     progress: Progress,
     clock: Callable[[], None],
@@ -276,14 +280,17 @@ def _finish(
     require_unchanged(job.prepared.model, job.frozen)
     start = time.perf_counter()
     module = trainer.suffix
-    figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
-    logits = None
+    figures: dict[str, float | None] = {}
+    figures |= outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
+    temperature = outcome.val_temperature(module, val, job.device, trainer.dtype, job.recipe)
+    predictions = None
     progress.eval_seconds += time.perf_counter() - start
     if job.data.test is not None:
         source = _source(job, builder, job.data.test, Views("none", 1), "test")
         start = time.perf_counter()
         logits = outcome.test_logits(module, source, len(job.data.test), job.device, job.recipe)
-        figures |= outcome.test_figures(logits, job.data.test.labels)
+        figures |= outcome.test_figures(logits, job.data.test.labels, temperature.value)
+        predictions = illustrate(logits, job.data.test.labels, job.data.test.images)
         progress.eval_seconds += time.perf_counter() - start
     require_unchanged(job.prepared.model, job.frozen)
     clock()
@@ -294,14 +301,14 @@ def _finish(
         "train": progress.seconds,
         "eval": progress.eval_seconds,
     }
-    summary = outcome.summarise(job.recipe, job.data, job.prepared, job.computing, asdict(progress), figures, seconds)
-    outcome.write_model(directory.path, job.recipe, job.data, job.prepared)
-    if logits is not None and job.data.test is not None:
-        outcome.write_predictions(directory.path, logits, job.data.test.labels)
+    summary = outcome.summarise(
+        job.recipe, job.data, job.prepared, job.computing, asdict(progress), figures, temperature, seconds
+    )
+    outcome.write_model(directory.path, job.recipe, job.data, job.prepared, temperature)
+    if predictions is not None:
+        write_predictions(directory.path / PREDICTIONS, predictions)
     directory.write_metrics(progress.rows)
-    labels = None if job.data.test is None else job.data.test.labels
-    command = f"finetune run --config {RECIPE}"
-    write_report(directory.path, summary, progress.rows, job.data.classes, logits, labels, command)
+    write_report(directory.path, summary, progress.rows, job.data.classes, predictions)
     directory.write_summary(summary)
     directory.drop_checkpoint()
     return {**summary, "output": str(directory.path)}
