@@ -146,7 +146,7 @@ def reliability_chart(lines: Sequence[tuple[str, str, Sequence[float], Sequence[
     Args:
         lines: (style class, label, mean confidence of each bin, accuracy of each bin), in percent, empty bins left out.
     """
-    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, TALL - BOTTOM
+    left, right, top, bottom = LEFT, WIDTH - 2 * RIGHT, TOP, TALL - BOTTOM  # room for half of the last label
 
     def x(share: float) -> float:
         return left + share / 100 * (right - left)

@@ -57,7 +57,7 @@ def matrix_key() -> str:
     bounds = [*LEVELS[1:], 100]
     for shade, low, high in zip(SHADES, LEVELS, bounds, strict=True):
         said = f"{low if shade > 1 else 0} to {high} %"
-        parts.append(f"{_swatch('wrong', shade)} {_swatch('right', shade)} {said}")
+        parts.append(f'<span class="keep">{_swatch("wrong", shade)} {_swatch("right", shade)} {said}</span>')
     return (
         '<p class="soft">Shares of the row, mistakes and right ones: '
         + "; ".join(parts)

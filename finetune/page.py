@@ -45,7 +45,7 @@ svg.swatch { width: .8rem; height: .8rem; }
 circle.a { fill: var(--a); } circle.b { fill: var(--b); stroke-dasharray: none; }
 .ideal { stroke: var(--soft); stroke-dasharray: 2 4; }
 .right { fill: var(--a); } .wrong { fill: var(--b); }
-.m1 { opacity: .15; } .m2 { opacity: .32; } .m3 { opacity: .5; } .m4 { opacity: .72; } .m5 { opacity: 1; }
+.m1 { opacity: .2; } .m2 { opacity: .35; } .m3 { opacity: .5; } .m4 { opacity: .72; } .m5 { opacity: 1; }
 svg .on { fill: var(--page); } svg .mid { fill: var(--mid); } svg .off { fill: var(--ink); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .25rem 0; }
@@ -66,7 +66,7 @@ code { font-family: ui-monospace, monospace; font-size: .9em; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .75rem 2.5rem;
   padding: 0; margin: .5rem 0; list-style: none; }
 .pairs li { break-inside: avoid; } .pairs p { margin: 0 0 .25rem; }
-.narrow { max-width: 22rem; }
+.narrow { max-width: 26rem; } .narrow th[scope=row] { width: auto; } .keep { white-space: nowrap; }
 .row { display: flex; flex-wrap: wrap; gap: .35rem; font-size: .8rem; line-height: 1.3; }
 .row img { margin: 0; width: 48px; height: 48px; }
 @media print, (max-width: 36rem) { td.bar { width: 15%; } }

@@ -198,7 +198,7 @@ def _calibration(summary: dict[str, Any], predictions: Predictions) -> str:
         heads += [head(f"{name}, with temperature", number=True) for name in ("images", "mean", "right")]
     table = scrolling("Calibration by bins", html_table("", heads, rows))
     return (
-        f'<p>{told}</p>\n<div class="pair">\n{reliability_chart(lines)}</div>\n'
+        f'<p>{told}</p>\n<div class="narrow">\n{reliability_chart(lines)}</div>\n'
         f"<details><summary>Figures of every bin</summary>\n{table}</details>"
     )
 

@@ -137,5 +137,5 @@ def mistakes_part(examples: Examples, classes: Sequence[str], album: Album) -> s
     for one in examples.mistakes:
         label, taken = classes[one.label], classes[one.taken]
         picture = album.picture(one.row, f"test image {one.row}: {label}")
-        items += f"<li>{picture}<b>{escape(label)}</b> taken for {escape(taken)}, {one.confidence:.1f} %</li>\n"
+        items += f"<li>{picture}<b>{escape(label)}</b> taken for {escape(taken)}, {one.confidence:.1f}&nbsp;%</li>\n"
     return f'<ul class="pictures">\n{items}</ul>\n' if items else ""

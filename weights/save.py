@@ -154,10 +154,9 @@ def write_config(
         "label_names": list(classes),
         "pretrained_cfg": preprocessing,
     }
-    if model_args:
-        config["model_args"] = dict(model_args)
-    if finetune:
-        config["finetune"] = dict(finetune)
+    for name, extra in (("model_args", model_args), ("finetune", finetune)):
+        if extra:
+            config[name] = dict(extra)
     write_atomically(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
