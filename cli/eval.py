@@ -110,9 +110,8 @@ def figure_lines(figures: dict[str, Any]) -> list[str]:
     ]
     repeated = figures["repeated"]
     if repeated is not None:
-        without = repeated["accuracy_without"]
-        said = "" if without is None or not repeated["images"] else f"; {without:.2f} % without them"
-        count = repeated["images"]
+        without, count = repeated["accuracy_without"], repeated["images"]
+        said = f"; {without:.2f} % without {'it' if count == 1 else 'them'}" if count and without is not None else ""
         lines.append(f"also in train   {count:,} image{'' if count == 1 else 's'}, pixel for pixel{said}")
     return lines
 

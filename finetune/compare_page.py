@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chart import LINES, overlay
-from finetune.compare import Comparison, RunResult
+from finetune.compare import Comparison, RunResult, uneven_recall
 from finetune.page import contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
 from weights.save import write_atomically
@@ -65,6 +65,7 @@ def _results(runs: Sequence[RunResult]) -> str:
     rows = [
         ["network", *(escape(one["arch"]) for one in summaries)],
         ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
+        ["mean per-class recall", *(_percent(uneven_recall(one)) for one in summaries)],
         ["train accuracy", *(_percent(one["train_accuracy"]) for one in summaries)],
         ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
         ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],

@@ -1,7 +1,7 @@
 """`finetune eval`: what a trained model gets right on a data set.
 
-On its run's own data it gives the run's own test figures, bit for bit on the same machine: the same cut, the same
-folded prefix in fp32, the same batches, and so the same code.
+On its run's own data it gives the run's own test figures, bit for bit on the same machine and number of threads: the
+same cut, the same folded prefix in fp32, the same batches, and so the same code.
 
 Legend: N images, C classes of the model.
 """

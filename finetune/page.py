@@ -53,7 +53,8 @@ th, td { text-align: left; vertical-align: baseline; padding: .2rem .75rem .2rem
 tr { break-inside: avoid; }
 th[scope=row] { width: 10.5rem; }
 th.name { color: inherit; width: auto; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; overflow-wrap: normal; } .wide th[scope=row] { min-width: 6rem; }
+.wide td.long { min-width: 18rem; } .wide td.bar { width: 15%; min-width: 4rem; padding-right: .75rem; }
 .number { text-align: right; white-space: nowrap; }
 td.bar { width: 30%; padding-right: 0; }
 td.bar div { height: .6rem; background: var(--a); min-width: 1px; print-color-adjust: exact; }
@@ -72,7 +73,8 @@ code { font-family: ui-monospace, monospace; font-size: .9em; }
 @media print, (max-width: 36rem) { td.bar { width: 15%; } }
 @media (max-width: 36rem) { th[scope=row] { width: 7rem; } .wide th[scope=row] { width: auto; } }
 @media print { body { max-width: none; padding: 0; font-size: .85rem; } h2 { break-after: avoid; }
-  .pair { grid-template-columns: 1fr 1fr; } .wide { overflow: visible; } .wide svg { min-width: 0 !important; }
+  .pair { grid-template-columns: 1fr 1fr; } .pair table { break-inside: avoid; }
+  .wide { overflow: visible; } .wide svg { min-width: 0 !important; }
   nav { display: none; } details::details-content { content-visibility: visible; height: auto; }
   rect, img { print-color-adjust: exact; } }
 """
@@ -144,9 +146,9 @@ def row_head(text: str, *, name: bool = False) -> str:
     return f'<th scope="row"{" class=name" if name else ""}>{text}</th>'
 
 
-def cell(text: str) -> str:
-    """Return a cell of text."""
-    return f"<td>{text}</td>"
+def cell(text: str, *, long: bool = False) -> str:
+    """Return a cell of text; a long one keeps room for it in a table that scrolls."""
+    return f"<td{' class=long' if long else ''}>{text}</td>"
 
 
 def number(text: str) -> str:

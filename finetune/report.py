@@ -157,6 +157,7 @@ def _curves(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
         "lr": [f"{row['lr']:.2e}" for row in rows],
         "seconds": [f"{row['seconds']:.1f}" for row in rows],
     }
+    columns = {name: texts for name, texts in columns.items() if any(texts)}
     heads = [head(name, number=True) for name in columns]
     table = html_table("", heads, [[number(text) for text in line] for line in zip(*columns.values(), strict=True)])
     told = "Training figures are means over each epoch, taken in passing while the network learns"

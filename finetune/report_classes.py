@@ -92,7 +92,7 @@ def _every_class(matrix: torch.Tensor, classes: Sequence[str], ordered: Sequence
                 number(f"{share[index]:.1f} %"),
                 bar(share[index]),
                 number(f"{precision[index]:.1f} %" if taken[index] else ""),
-                cell(_listed([(classes[place], n) for n, place in others])),
+                cell(_listed([(classes[place], n) for n, place in others]), long=True),
             ]
         )
     heads = [head("class"), head("images", number=True), head("recall", number=True), head("")]
@@ -103,9 +103,9 @@ def _every_class(matrix: torch.Tensor, classes: Sequence[str], ordered: Sequence
 
 def _listed(taken: Sequence[tuple[str, int]]) -> str:
     """Return names with their numbers of images; of a long list the end is counted."""
-    said = ", ".join(f"{escape(name)} {n:,}" for name, n in taken[:LISTED])
+    said = ", ".join(f"{escape(name)}&nbsp;{n:,}" for name, n in taken[:LISTED])
     rest = taken[LISTED:]
-    return said + (f", {len(rest)} others {sum(n for _, n in rest):,}" if rest else "")
+    return said + (f"; {len(rest)} more, {sum(n for _, n in rest):,} in all" if rest else "")
 
 
 def matrix_part(matrix: torch.Tensor, classes: Sequence[str]) -> str:

@@ -1,13 +1,22 @@
-"""Reads a page that the program wrote.
+"""Reads a page that the program wrote, by itself and in a browser.
 
-Import with `from make_page import Page`.
+Import with `from make_page import ...`.
 """
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
 
 VOID = {"meta", "img", "br"}
+CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
 
 class Page(HTMLParser):
@@ -42,3 +51,17 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+
+def browse(page: Path, folder: Path) -> tuple[str, str, list[str]]:
+    """Open a page in Chromium, with every host out of reach: its DOM, the console's log, what the page requested."""
+    assert CHROMIUM is not None
+    words = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", page.resolve().as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    begun = re.findall(r'"initiator":"([^"]*)".*?"url":"([^"]*)"', (folder / "net.json").read_text())
+    # What the browser wants for itself has no origin.
+    return done.stdout, done.stderr, [url for origin, url in begun if origin != "not an origin"]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from make_data import make_images, write_image_folder
-from make_page import Page
+from make_page import Page, browse, needs_chromium
 from make_run import tiny_recipe, write_weights
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,7 +28,6 @@ from finetune.predictions import illustrate, read_predictions
 from finetune.report import rebuild_report, write_report
 from weights.errors import RunError
 
-CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
 EVIL = "<script>alert(1)</script>"
 
 
@@ -166,21 +163,7 @@ def test_open_shows_the_page(finished: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert told.stderr == f"No browser was found; the page is {shown[0]}\n"
 
 
-def browse(page: Path, folder: Path) -> tuple[str, str, list[str]]:
-    """Open a page in Chromium, with every host out of reach: its DOM, the console's log, what the page requested."""
-    assert CHROMIUM is not None
-    words = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", page.resolve().as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    begun = re.findall(r'"initiator":"([^"]*)".*?"url":"([^"]*)"', (folder / "net.json").read_text())
-    # What the browser wants for itself has no origin.
-    return done.stdout, done.stderr, [url for origin, url in begun if origin != "not an origin"]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@needs_chromium
 def test_a_browser_finds_the_summary_in_the_page(finished: Path, tmp_path: Path) -> None:
     dom, console, requests = browse(finished / "report.html", tmp_path)
     page = Page(dom)
@@ -203,7 +186,7 @@ def test_a_browser_finds_the_summary_in_the_page(finished: Path, tmp_path: Path)
     assert requests == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@needs_chromium
 def test_a_request_and_an_error_would_be_noticed(tmp_path: Path) -> None:
     spoilt = tmp_path / "spoilt.html"
     spoilt.write_text('<p>page</p><img src="http://pictures.invalid/a.png" alt=""><script>nothing.there()</script>')
