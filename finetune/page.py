@@ -71,7 +71,7 @@ code { font-family: ui-monospace, monospace; font-size: .9em; }
 .row { display: flex; flex-wrap: wrap; gap: .35rem; font-size: .8rem; line-height: 1.3; }
 .row img { margin: 0; width: 48px; height: 48px; }
 @media print, (max-width: 36rem) { td.bar { width: 15%; } }
-@media (max-width: 36rem) { th[scope=row] { width: 7rem; } .wide th[scope=row] { width: auto; } }
+@media (max-width: 36rem) { th[scope=row]:not(.name) { width: 7rem; } .wide th[scope=row] { width: auto; } }
 @media print { body { max-width: none; padding: 0; font-size: .85rem; } h2 { break-after: avoid; }
   .pair { grid-template-columns: 1fr 1fr; } .pair table { break-inside: avoid; }
   .wide { overflow: visible; } .wide svg { min-width: 0 !important; }

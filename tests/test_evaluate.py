@@ -84,6 +84,12 @@ def test_other_ways_to_compute_give_the_runs_figures_too(
     assert result.as_dict()["loss"] == summary["test_loss"]
 
 
+def test_bf16_comes_close(place: Place) -> None:
+    exact, rough = of(place).logits, of(place, precision="bf16").logits
+    assert not torch.equal(rough, exact)
+    assert float((rough - exact).norm() / exact.norm()) < 0.1
+
+
 def test_every_figure_is_of_the_predictions(place: Place) -> None:
     """The figures of the JSON, computed from logits and labels alone."""
     result = of(place)
