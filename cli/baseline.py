@@ -10,6 +10,7 @@ import typer
 
 from cli.console import Screen, print_lines
 from cli.options import recipe_options, without_auto
+from cli.report import show
 from cli.run import carry_out, only_resume, result_lines, stop_on_signals
 from finetune.recipe import check, to_toml
 
@@ -40,6 +41,7 @@ def _baseline(
         Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")] = False,
 ) -> None:
     """Train a network from scratch, to see what transfer learning is worth.
 
@@ -61,6 +63,8 @@ def _baseline(
     with Screen() as screen:
         summary = carry_out(chosen, output, resume, screen, stop_on_signals(screen.interrupted))
     print(json.dumps(summary, indent=2)) if as_json else print_lines(result_lines(summary))
+    if open_page:
+        show(Path(summary["output"]) / "report.html")
 
 
 baseline_command = recipe_options(_baseline, without=OURS, shown=dict.fromkeys(BY_RECIPE, "by the recipe"))

@@ -44,6 +44,8 @@ def compare_command(
 
 def print_comparison(result: Comparison) -> None:
     """Print what the runs came to, and the settings that differ."""
+    from finetune.compare import uneven_recall
+
     columns = [("", "left"), *((run.name, "right") for run in result.runs)]
     summaries = [run.summary for run in result.runs]
     rows = [
@@ -56,6 +58,7 @@ def print_comparison(result: Comparison) -> None:
         ["train accuracy", *(f"{one['train_accuracy']:.2f} %" for one in summaries)],
         ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
         ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
+        ["mean recall", *(_percent(uneven_recall(one)) for one in summaries)],
     ]
     rows = [row for row in rows if any(row[1:])]
     rows += [[name, *(_text(value) for value in values)] for name, values in result.differing.items()]

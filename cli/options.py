@@ -21,7 +21,7 @@ PANELS = {
     "Data": ("data", "data_dir", "labels", "augment", "cutout", "views", "windows", "val_fraction", "limit"),
     "Training": (
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
-        "label_smoothing", "ema", "budget", "patience", "seed",
+        "label_smoothing", "class_weights", "ema", "budget", "patience", "seed",
     ),
     "Machine": ("device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget"),
 }  # fmt: skip

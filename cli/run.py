@@ -13,6 +13,7 @@ import typer
 
 from cli.console import Screen, print_lines
 from cli.options import Config, make_recipe, recipe_options
+from cli.report import show
 from finetune.recipe import Recipe, flag
 from weights.errors import UsageError
 
@@ -28,6 +29,7 @@ def run_command(
     ] = None,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")] = False,
 ) -> None:
     """Fine-tune a pretrained classifier on your images.
 
@@ -45,6 +47,8 @@ def run_command(
         print(json.dumps(summary, indent=2))
     else:
         print_lines(result_lines(summary))
+    if open_page:
+        show(Path(summary["output"]) / "report.html")
 
 
 def carry_out(
@@ -104,10 +108,15 @@ def stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
 
 
 def result_lines(summary: dict[str, Any]) -> list[str]:
-    """Return a summary in a few lines for people."""
+    """Return a summary in a few lines for people; of uneven classes the mean recall goes first."""
     seconds = summary["seconds"]
     test = summary["test_accuracy"]
+    recall = summary.get("test_mean_recall") if summary["data"].get("uneven") else None
+    first = (
+        [] if recall is None else [f"mean recall     {recall:.2f} %  (every class counts the same; they are uneven)"]
+    )
     return [
+        *first,
         f"test accuracy   {test:.2f} %  ({summary['data']['test']:,} images, read once)"
         if test is not None
         else "test accuracy   not known: the data bring no test split",

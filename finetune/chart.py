@@ -135,3 +135,41 @@ def whole_ticks(first: int, last: int) -> list[int]:
     steps = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
     step = next(step for step in steps if (last - first) / step <= 8)
     return [number for number in range(first, last + 1) if number % step == 0]
+
+
+TALL = 360  # height of a chart whose two axes have the same scale
+
+
+def reliability_chart(lines: Sequence[tuple[str, str, Sequence[float], Sequence[float]]]) -> str:
+    """Return accuracy against confidence as an HTML figure; on the diagonal, confidence can be believed.
+
+    Args:
+        lines: (style class, label, mean confidence of each bin, accuracy of each bin), in percent, empty bins left out.
+    """
+    left, right, top, bottom = LEFT, WIDTH - 2 * RIGHT, TOP, TALL - BOTTOM  # room for half of the last label
+
+    def x(share: float) -> float:
+        return left + share / 100 * (right - left)
+
+    def y(share: float) -> float:
+        return bottom - share / 100 * (bottom - top)
+
+    parts = _grid([0, 20, 40, 60, 80, 100], y)
+    for share in (0, 20, 40, 60, 80, 100):
+        parts.append(f'<text x="{x(share):.1f}" y="{bottom + 17}" text-anchor="middle">{share}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{TALL - 6}" text-anchor="middle">confidence in %</text>')
+    parts.append('<text x="0" y="14">accuracy in %</text>')
+    parts.append(f'<line class="ideal" x1="{x(0)}" y1="{y(0)}" x2="{x(100)}" y2="{y(100)}"/>')
+    for place, (mark, label, confidence, accuracy) in enumerate(lines):
+        start = right - 140 * (len(lines) - place)
+        parts.append(f'<line class="{mark}" x1="{start}" x2="{start + 24}" y1="10" y2="10"/>')
+        parts.append(f'<text x="{start + 30}" y="14">{label}</text>')
+        points = [(x(a), y(b)) for a, b in zip(confidence, accuracy, strict=True)]
+        parts.append(f'<polyline class="{mark}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
+        parts += [f'<circle class="{mark}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points]
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {TALL}" role="img" aria-labelledby="reliability-title reliability-desc">\n'
+        '<title id="reliability-title">Accuracy by confidence</title>\n'
+        '<desc id="reliability-desc">Points on the dotted diagonal would be confidence that can be believed; the table '
+        "has their figures.</desc>\n" + "\n".join(parts) + "\n</svg></figure>\n"
+    )

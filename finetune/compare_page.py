@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chart import LINES, overlay
-from finetune.compare import Comparison, RunResult
-from finetune.page import html_page
+from finetune.compare import Comparison, RunResult, uneven_recall
+from finetune.page import contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
 from weights.save import write_atomically
 
@@ -25,8 +25,16 @@ def write_page(path: Path, result: Comparison) -> None:
         RunError: the file cannot be written.
     """
     title = escape(f"{len(result.runs)} runs on {result.runs[0].summary['data']['name']}")
-    parts = [f"<h1>{title}</h1>", _conclusion(result), _results(result.runs), _curves(result.runs), _equal(result.runs)]
-    parts += [_settings(result), _losses(result.runs)]
+    sections = [
+        ("results", "Results", _results(result.runs)),
+        ("curves", "Curves", _curves(result.runs)),
+        ("equal", "Accuracy at equal time", _equal(result.runs)),
+        ("settings", "Settings that differ", _settings(result)),
+        ("losses", "Mean training loss of each epoch", _losses(result.runs)),
+    ]
+    sections = [(key, name, body) for key, name, body in sections if body]
+    parts = [f"<h1>{title}</h1>", _conclusion(result), contents((key, name) for key, name, _ in sections)]
+    parts += [section(key, name, body) for key, name, body in sections]
     write_atomically(path, html_page(title, parts).encode())
 
 
@@ -41,14 +49,11 @@ def _key(number: int) -> str:
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
+def _table(label: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, first: str = "") -> str:
     """Return a table of escaped texts; the first column names the rows."""
-    named = "".join(f'<th scope="col" class="number">{cell}</th>' for cell in heads)
-    body = ""
-    for name, *cells in rows:
-        values = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        body += f'<tr><th scope="row">{name}</th>{values}</tr>\n'
-    return f'<div class="wide"><table>\n<caption>{caption}</caption>\n<tr><td></td>{named}</tr>\n{body}</table></div>\n'
+    columns = [head(first), *(head(text, number=True) for text in heads)]
+    body = [[row_head(name), *(number(text) for text in texts)] for name, *texts in rows]
+    return scrolling(label, html_table("", columns, body))
 
 
 def _names(runs: Sequence[RunResult]) -> list[str]:
@@ -60,6 +65,7 @@ def _results(runs: Sequence[RunResult]) -> str:
     rows = [
         ["network", *(escape(one["arch"]) for one in summaries)],
         ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
+        ["mean per-class recall", *(_percent(uneven_recall(one)) for one in summaries)],
         ["train accuracy", *(_percent(one["train_accuracy"]) for one in summaries)],
         ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
         ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],
@@ -68,7 +74,7 @@ def _results(runs: Sequence[RunResult]) -> str:
         ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
         ["time", *(duration(one["seconds"]["total"]) for one in summaries)],
     ]
-    return "<h2>Results</h2>\n" + _table(_names(runs), [row for row in rows if any(row[1:])])
+    return _table("Results", _names(runs), [row for row in rows if any(row[1:])])
 
 
 def _curves(runs: Sequence[RunResult]) -> str:
@@ -89,7 +95,7 @@ def _curves(runs: Sequence[RunResult]) -> str:
         overlay("loss", "Training loss", "epoch", "", losses),
         overlay("time", "Accuracy", "seconds, features included", " %", accuracies),
     ]
-    return f'<h2>Curves</h2>\n<div class="pair">\n{"".join(charts)}</div>\n<p class="soft">{told}</p>'
+    return f'<div class="pair">\n{"".join(charts)}</div>\n<p class="soft">{told}</p>'
 
 
 def _equal(runs: Sequence[RunResult]) -> str:
@@ -103,14 +109,14 @@ def _equal(runs: Sequence[RunResult]) -> str:
         reached = [value for clock, value in zip(seconds, values, strict=True) if clock <= limit + 1e-9]
         cells.append(f"{reached[-1]:.2f} %" if reached else "no epoch done yet")
     rows = [[f"{curves[0][2]} accuracy after {duration(limit)}", *cells]]
-    return "<h2>Accuracy at equal time</h2>\n" + _table(_names(runs), rows)
+    return _table("Accuracy at equal time", _names(runs), rows)
 
 
 def _settings(result: Comparison) -> str:
     rows = [[escape(name), *(escape(_text(value)) for value in values)] for name, values in result.differing.items()]
     if not rows:
-        return "<h2>Settings that differ</h2>\n<p>None.</p>"
-    return "<h2>Settings that differ</h2>\n" + _table(_names(result.runs), rows)
+        return "<p>None.</p>"
+    return _table("Settings that differ", _names(result.runs), rows)
 
 
 def _losses(runs: Sequence[RunResult]) -> str:
@@ -119,7 +125,7 @@ def _losses(runs: Sequence[RunResult]) -> str:
         [str(number + 1), *(f"{run.rows[number]['train_loss']:.4f}" if number < len(run.rows) else "" for run in runs)]
         for number in range(epochs)
     ]
-    return "<h2>Mean training loss of each epoch</h2>\n" + _table(_names(runs), rows, caption="epoch")
+    return _table("Mean training loss of each epoch", _names(runs), rows, first="epoch")
 
 
 def _percent(value: float | None) -> str:

@@ -73,16 +73,29 @@ def load_data(
         UsageError: a setting or name that cannot be right.
         DataError: data that are missing, damaged or not what they seem.
     """
+    check_settings(val_fraction=val_fraction, limit=limit)
+    raw = read_data(data, data_dir=data_dir, labels=labels, image_size=image_size, progress=progress, download=download)
+    return make_splits(raw, val_fraction=val_fraction, limit=limit, seed=seed)
+
+
+def read_data(
+    data: str,
+    *,
+    data_dir: Path | None = None,
+    labels: str = "fine",
+    image_size: int = 224,
+    progress: Progress | None = None,
+    download: bool = True,
+) -> RawData:
+    """Load a data set as it is found, before anything is held out. Arguments and errors are those of `load_data`."""
     if labels not in ("fine", "coarse"):
         raise UsageError(f"--labels is {labels!r}; expected fine or coarse.")
     if image_size < 1:
         raise UsageError(f"--image-size is {image_size}; expected at least 1 pixel.")
-    check_settings(val_fraction=val_fraction, limit=limit)
     try:
-        raw = _read(data, data_dir, labels, image_size, progress, download)
-    except OSError as error:
+        return _read(data, data_dir, labels, image_size, progress, download)
+    except OSError as error:  # a folder without permission, a disk that fails
         raise cannot_read(data, error) from error
-    return make_splits(raw, val_fraction=val_fraction, limit=limit, seed=seed)
 
 
 def _read(

@@ -94,6 +94,7 @@ class Trainer:
         forward: what to call; the suffix when None.
         windows: what to train on of each feature map; all of it when None.
         budget: the time that training may take; None takes as long as its epochs take.
+        class_weights: float32 (classes,), how much an image of each class counts in the loss; all the same when None.
     """
 
     def __init__(
@@ -107,12 +108,14 @@ class Trainer:
         forward: Callable[..., torch.Tensor] | None = None,
         windows: Windows | None = None,
         budget: Budget | None = None,
+        class_weights: torch.Tensor | None = None,
     ) -> None:
         if recipe.epochs is None or recipe.batch_size is None:
             raise ValueError("resolve the recipe first: epochs and batch_size are None")
         self.suffix, self.recipe, self.dtype, self.device = suffix, recipe, dtype, device
         self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
         self.epochs, self.images, self.windows, self.budget = recipe.epochs, images, windows, budget
+        self.class_weights = None if class_weights is None else class_weights.to(device)
         self.batches = -(-images // recipe.batch_size)
         self.optimizer = make_optimizer(suffix, fresh, recipe)
         self.schedule: LRScheduler | PacedSchedule = (
@@ -136,7 +139,7 @@ class Trainer:
         """
         with autocast(self.device, self.dtype):
             logits = self.forward(*cast(inputs, self.dtype))
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+            loss = self._loss(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -147,6 +150,18 @@ class Trainer:
                 if not kept.is_floating_point():
                     kept.copy_(now)  # a count of batches has no average
         return loss.detach(), (logits.argmax(1) == labels).sum()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a batch.
+
+        Weighted losses are divided by the number of images, not by their weights' sum as PyTorch's own weighting does:
+        an image then counts the same in whatever batch it comes.
+        """
+        smoothing = self.recipe.label_smoothing
+        if self.class_weights is None:
+            return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        losses = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        return (losses * self.class_weights[labels]).mean()
 
     @property
     def evaluated(self) -> nn.Module:

@@ -8,17 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from finetune.compute import Computing
 from finetune.fit import Source, Split, evaluation_batch, predict, score
 from finetune.images import DataSplits
+from finetune.metrics import calibrate, confusion_matrix, is_uneven, mean_recall, top_5_accuracy
 from finetune.models import Prepared
 from finetune.recipe import PLACES, Recipe, to_table
-from finetune.rundir import MODEL, PREDICTIONS
-from weights.save import save_checkpoint, write_atomically, write_config
+from finetune.rundir import CONFIG, MODEL
+from finetune.temperature import NOT_FITTED, Temperature, fit_temperature
+from weights.save import save_checkpoint, write_config
 
 TRAIN_SAMPLE = 10_000  # train images for train_accuracy: its standard error is below half a percent
 
@@ -36,16 +37,37 @@ def train_figures(
     return {"train_accuracy": score(logits, train.labels[rows])[1]}
 
 
+def val_temperature(
+    module: nn.Module, val: Split | None, device: torch.device, dtype: torch.dtype, recipe: Recipe
+) -> Temperature:
+    """Return the temperature that the validation images ask of the finished model; 1 when there are none."""
+    if val is None:
+        return NOT_FITTED
+    rows = torch.arange(len(val.labels))
+    logits = predict(module, val.source, rows, device, dtype, batch=evaluation_batch(recipe))
+    return fit_temperature(logits, val.labels)
+
+
 def test_logits(module: nn.Module, source: Source, count: int, device: torch.device, recipe: Recipe) -> torch.Tensor:
     """Return logits float32 (N, classes) of the test split; what trained runs in fp32 whatever it trained in."""
     rows = torch.arange(count)
     return predict(module, source, rows, device, torch.float32, batch=evaluation_batch(recipe))
 
 
-def test_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Return test_accuracy in percent and test_loss in nats."""
+def test_figures(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> dict[str, float | None]:
+    """Return the test split's figures: shares in percent, loss in nats.
+
+    The error of calibration is given of the logits as they are, and of the logits divided by the temperature.
+    """
     loss, accuracy = score(logits, labels)
-    return {"test_accuracy": accuracy, "test_loss": loss}
+    return {
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "test_top5_accuracy": top_5_accuracy(logits, labels),
+        "test_mean_recall": mean_recall(confusion_matrix(logits.argmax(1), labels, logits.shape[1])),
+        "calibration_error": calibrate(logits, labels).error,
+        "calibration_error_scaled": calibrate(logits, labels, temperature).error,
+    }
 
 
 def summarise(
@@ -54,7 +76,8 @@ def summarise(
     prepared: Prepared,
     computing: Computing,
     progress: Mapping[str, Any],
-    figures: Mapping[str, float],
+    figures: Mapping[str, float | None],
+    temperature: Temperature,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the summary of a finished run, as written to summary.json.
@@ -72,8 +95,11 @@ def summarise(
         "arch": prepared.arch.full_name,
         "test_accuracy": figures.get("test_accuracy"),
         "test_loss": figures.get("test_loss"),
+        "test_top5_accuracy": figures.get("test_top5_accuracy"),
+        "test_mean_recall": figures.get("test_mean_recall"),
         "train_accuracy": figures["train_accuracy"],
         "val_accuracy": row.get("val_accuracy"),
+        "calibration": _calibration_facts(temperature, figures),
         "epochs": progress["epoch"],
         "kept_epoch": kept,
         "images_seen": progress["epoch"] * len(data.train) - progress["unseen"],
@@ -87,7 +113,7 @@ def summarise(
         "frozen_unchanged": True,
         "frozen_tensors": len(prepared.selection.frozen),
         "weights": {"source": prepared.source, "sha256": prepared.sha256},
-        "data": _described(data),
+        "data": _data_facts(data),
         # Of what trained: a frozen part that only gave features stays on the CPU.
         "device": next(value for value in prepared.model.parameters() if value.requires_grad).device.type,
         "precision": "fp32" if formats == {"fp32"} else "bf16",
@@ -96,7 +122,7 @@ def summarise(
         "features": {
             "where": computing.placement.where,
             "bytes": computing.placement.bytes,
-            "test_seconds": round(figures["test_feature_seconds"], 3),  # of seconds.prefix, what came after training
+            "test_seconds": round(figures["test_feature_seconds"] or 0.0, 3),  # of seconds.prefix, after training
         },
         "windows": {"map": windows.side, "sides": list(windows.sides)} if windows else None,
         "versions": {
@@ -106,20 +132,30 @@ def summarise(
     }
 
 
-def _described(data: DataSplits) -> dict[str, Any]:
-    """Return what a run was made on."""
+def _calibration_facts(temperature: Temperature, figures: Mapping[str, float | None]) -> dict[str, Any]:
+    errors = {
+        "test_error": figures.get("calibration_error"),
+        "test_error_scaled": figures.get("calibration_error_scaled"),
+    }
+    return {**temperature.as_dict(), **errors}
+
+
+def _data_facts(data: DataSplits) -> dict[str, Any]:
+    """Return the data set's identity and counts; `uneven` is that of the training images or of the test images."""
+    learned_and_tested = (data.train, data.test)
     return {
         "name": data.name,
         "sha256": data.sha256,
         "test_sha256": data.test_sha256,
         "classes": len(data.classes),
+        "uneven": any(is_uneven(torch.bincount(part.labels).tolist()) for part in learned_and_tested if part),
         "train": len(data.train),
         "val": len(data.val or ()),
         "test": len(data.test or ()),
     }
 
 
-def write_model(folder: Path, recipe: Recipe, data: DataSplits, prepared: Prepared) -> None:
+def write_model(folder: Path, recipe: Recipe, data: DataSplits, prepared: Prepared, temperature: Temperature) -> None:
     """Write model.safetensors and config.json, which timm loads as "local-dir:FOLDER".
 
     The metadata hold what shaped the result and no paths, times or versions: equal runs give equal bytes.
@@ -142,7 +178,7 @@ def write_model(folder: Path, recipe: Recipe, data: DataSplits, prepared: Prepar
     }
     save_checkpoint(folder / MODEL, prepared.model.state_dict(), about)
     write_config(
-        folder / "config.json",
+        folder / CONFIG,
         arch=prepared.arch,
         num_classes=len(data.classes),
         classes=data.classes,
@@ -151,9 +187,5 @@ def write_model(folder: Path, recipe: Recipe, data: DataSplits, prepared: Prepar
         interpolation=preprocessing.interpolation,
         input_size=size,
         model_args=prepared.model_args,
+        finetune=temperature.as_dict(),
     )
-
-
-def write_predictions(folder: Path, logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Write predictions.safetensors: `logits` float32 (N, classes) and `labels` int64 (N,) of the test split."""
-    write_atomically(folder / PREDICTIONS, safetensors.torch.save({"logits": logits, "labels": labels}))

@@ -19,6 +19,7 @@ import torch
 from finetune import checkpoint, outcome
 from finetune.augment import Views
 from finetune.budget import Budget
+from finetune.class_weights import class_weights
 from finetune.data import DATA_NAMES
 from finetune.device import settle
 from finetune.events import Events
@@ -28,9 +29,10 @@ from finetune.job import Job, Stop, prepare, watched
 from finetune.layers import require_unchanged
 from finetune.memory import exhaustion_explained
 from finetune.precision import compile_module
+from finetune.predictions import illustrate, write_predictions
 from finetune.recipe import Recipe, check, with_absolute_paths
 from finetune.report import write_report
-from finetune.rundir import RECIPE, RunDirectory, create_run_directory, open_run_directory, require_empty
+from finetune.rundir import PREDICTIONS, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sources import FeatureBuilder, Live
 from weights.errors import StoppedError
 
@@ -156,7 +158,7 @@ def _carry_out(
     elif trainer.average is not None:
         trainer.suffix.load_state_dict(trainer.average.module.state_dict())
     return _finish(
-        job, directory, trainer, train, builder, progress, lambda: _clock(progress, before, started, builder)
+        job, directory, trainer, train, val, builder, progress, lambda: _clock(progress, before, started, builder)
     )
 
 
@@ -174,6 +176,7 @@ def _trainer(job: Job, spent: Callable[[], float]) -> Trainer:
         forward=compile_module(suffix) if computing.training.compiled else None,
         windows=computing.windows,
         budget=None if plan.budget is None else Budget(plan.budget - plan.reserved_seconds, spent),
+        class_weights=class_weights(job.recipe.class_weights, job.data.train.labels, len(job.data.classes)),
     )
 
 
@@ -188,6 +191,7 @@ def _finish(
     directory: RunDirectory,
     trainer: Trainer,
     train: Split,
+    val: Split | None,
     builder: FeatureBuilder | None,
     progress: Progress,
     clock: Callable[[], None],
@@ -198,15 +202,18 @@ def _finish(
     module = trainer.suffix
     if builder is None:  # nothing is computed ahead, so the images as they are cost no more than a view of them
         train = replace(train, source=_source(job, None, job.data.train, Views("none", 1), "train"))
-    figures = outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
-    logits = None
+    figures: dict[str, float | None] = {}
+    figures |= outcome.train_figures(module, train, job.device, trainer.dtype, job.recipe)
+    temperature = outcome.val_temperature(module, val, job.device, trainer.dtype, job.recipe)
+    predictions = None
     progress.eval_seconds += time.perf_counter() - start
     before_test = builder.seconds if builder else 0.0
     if job.data.test is not None:
         source = _source(job, builder, job.data.test, Views("none", 1), "test")
         start = time.perf_counter()
         logits = outcome.test_logits(module, source, len(job.data.test), job.device, job.recipe)
-        figures |= outcome.test_figures(logits, job.data.test.labels)
+        figures |= outcome.test_figures(logits, job.data.test.labels, temperature.value)
+        predictions = illustrate(logits, job.data.test.labels, job.data.test.images)
         progress.eval_seconds += time.perf_counter() - start
     figures["test_feature_seconds"] = builder.seconds - before_test if builder else 0.0
     require_unchanged(job.prepared.model, job.frozen)
@@ -218,14 +225,14 @@ def _finish(
         "train": progress.seconds,
         "eval": progress.eval_seconds,
     }
-    summary = outcome.summarise(job.recipe, job.data, job.prepared, job.computing, asdict(progress), figures, seconds)
-    outcome.write_model(directory.path, job.recipe, job.data, job.prepared)
-    if logits is not None and job.data.test is not None:
-        outcome.write_predictions(directory.path, logits, job.data.test.labels)
+    summary = outcome.summarise(
+        job.recipe, job.data, job.prepared, job.computing, asdict(progress), figures, temperature, seconds
+    )
+    outcome.write_model(directory.path, job.recipe, job.data, job.prepared, temperature)
+    if predictions is not None:
+        write_predictions(directory.path / PREDICTIONS, predictions)
     directory.write_metrics(progress.rows)
-    labels = None if job.data.test is None else job.data.test.labels
-    command = f"finetune run --config {RECIPE}"
-    write_report(directory.path, summary, progress.rows, job.data.classes, logits, labels, command)
+    write_report(directory.path, summary, progress.rows, job.data.classes, predictions)
     directory.write_summary(summary)
     directory.drop_checkpoint()
     return {**summary, "output": str(directory.path)}

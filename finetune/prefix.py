@@ -36,7 +36,7 @@ class PreparedPrefix:
         choice: number format and compilation, with the reason.
         identity: ingredients of the cache key that describe the computation.
         folded: how many batch norms were folded.
-        exact: its fp32 twin, for the test split; None when it is fp32 itself.
+        exact: its twin in fp32, eager, for the test split; None when it is that itself.
     """
 
     prefix: Prefix
@@ -47,7 +47,7 @@ class PreparedPrefix:
 
     @property
     def for_test(self) -> PreparedPrefix:
-        """What computes the test split's features: in fp32, as whoever loads the model will."""
+        """What computes the test split's features: in fp32, eager, as whoever loads the model will."""
         return self.exact or self
 
 
@@ -103,7 +103,7 @@ def prepare_prefix(
         rows=tuple(RowShape(tuple(value.shape[1:]), choice.dtype) for value in exact),
     )
     ready = PreparedPrefix(prefix, choice, _identity(cut.prefix, prefix, choice, count), count)
-    if choice.precision == "fp32":
+    if choice.precision == "fp32" and not choice.compiled:
         return ready
     precise = replace(choice, precision="fp32", compiled=False, rate=choice.exact_rate)
     rows = tuple(RowShape(row.shape, torch.float32) for row in prefix.rows)

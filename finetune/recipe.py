@@ -62,6 +62,11 @@ class Recipe:
     schedule: str = _setting("onecycle", "Learning-rate schedule.", choices=("onecycle", "cosine", "constant"))
     warmup: float = _setting(0.2, "Share of all steps in which the learning rate rises (onecycle, cosine).")
     label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
+    class_weights: str = _setting(
+        "none",
+        "balanced lets every class count the same in the training loss, however few its images.",
+        choices=("none", "balanced"),
+    )
     ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
     budget: str | None = _setting(
         None, "Time that the run may take, such as 20m or 2h: training ends in time, its schedule with it."

@@ -8,20 +8,24 @@ Legend: N test images, C classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from finetune.chart import line_chart
-from finetune.page import html_page
+from finetune.chart import line_chart, reliability_chart
+from finetune.examples import choose_examples
+from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix
+from finetune.page import bar, contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration, size
+from finetune.predictions import Predictions, read_predictions
+from finetune.report_classes import Album, class_tables, matrix_part, mistakes_part, pairs_part
+from finetune.rundir import CONFIG, METRICS, PREDICTIONS, RECIPE, SUMMARY
+from weights.errors import RunError
 from weights.save import write_atomically
 
 REPORT = "report.html"
-SHOWN = 10  # worst classes, best classes and confused pairs in the page
 
 
 def write_report(
@@ -29,9 +33,7 @@ def write_report(
     summary: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     classes: Sequence[str],
-    logits: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    command: str,
+    predictions: Predictions | None,
 ) -> None:
     """Write a run's report.html.
 
@@ -40,28 +42,70 @@ def write_report(
         summary: as in summary.json.
         rows: metrics.jsonl's rows, one per epoch.
         classes: C names in label order.
-        logits: float32 (N, C) of the test split; None without one.
-        labels: int64 (N,); None without a test split.
-        command: what repeats the run.
+        predictions: of the test split; None without one.
 
     Raises:
         RunError: the file cannot be written.
     """
-    parts = [_head(summary, command), _curves(rows, summary)]
-    if logits is not None and labels is not None and len(labels):
-        parts.append(_classes(classes, logits.argmax(1), labels))
-    parts += [_frozen(summary), _time(summary), _facts(summary)]
-    page = html_page(_title(summary), parts)
+    page = html_page(_title(summary), _parts(summary, rows, classes, predictions))
     write_atomically(folder / REPORT, page.encode())
+
+
+def rebuild_report(folder: Path) -> Path:
+    """Write a finished run's report.html again from the other files of its folder, and return its path.
+
+    Raises:
+        RunError: the folder holds no finished run, or a file of it is damaged.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        classes = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["label_names"]
+        write_report(folder, summary, rows, classes, read_predictions(folder / PREDICTIONS))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+        raise RunError(
+            f"{folder} is no finished run ({reason}); give a folder that finetune run or baseline has finished."
+        ) from error
+    return folder / REPORT
+
+
+def _parts(
+    summary: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    classes: Sequence[str],
+    predictions: Predictions | None,
+) -> list[str]:
+    """The page's body: the head, links to the sections, the sections."""
+    sections = [("training", "Training", _curves(rows, summary))]
+    if predictions is not None and len(predictions.labels):
+        matrix = confusion_matrix(predictions.logits.argmax(1), predictions.labels, len(classes))
+        examples, album = choose_examples(predictions.logits, predictions.labels), Album(predictions)
+        sections += [
+            ("classes", "Test accuracy by class", class_tables(matrix, classes)),
+            ("pairs", "Most confused pairs", pairs_part(examples, classes, album)),
+            ("mistakes", "Most confident mistakes", mistakes_part(examples, classes, album)),
+            ("matrix", "Confusion matrix", matrix_part(matrix, classes)),
+            ("calibration", "Calibration", _calibration(summary, predictions)),
+        ]
+    sections += [
+        ("trained", "What trained", _frozen(summary)),
+        ("time", "Time", _time(summary)),
+        ("facts", "Data, weights and environment", _facts(summary)),
+    ]
+    sections = [(key, title, body) for key, title, body in sections if body]
+    links = contents((key, title) for key, title, _ in sections)
+    return [_head(summary), links, *(section(key, title, body) for key, title, body in sections)]
 
 
 def _title(summary: dict[str, Any]) -> str:
     return escape(f"{summary['arch']} on {summary['data']['name']}")
 
 
-def _head(summary: dict[str, Any], command: str) -> str:
-    """The result, and how to get it again."""
-    data, test = summary["data"], summary["test_accuracy"]
+def _head(summary: dict[str, Any]) -> str:
+    """The result, and how to get it again; of uneven classes the mean recall is the result."""
+    data, test, recall = summary["data"], summary["test_accuracy"], summary.get("test_mean_recall")
     if test is not None:
         result = f"{test:.2f} %"
         told = f"test accuracy on {data['test']:,} images, read once at the end; loss {summary['test_loss']:.3f}"
@@ -71,10 +115,32 @@ def _head(summary: dict[str, Any], command: str) -> str:
     else:
         result = f"{summary['train_accuracy']:.2f} %"
         told = "training accuracy; the data bring neither a test nor a validation split, so this says little"
+    if data.get("uneven") and recall is not None:
+        result = f"{recall:.2f} %"
+        told = (
+            f"mean per-class recall on {data['test']:,} test images, read once at the end: every class counts the "
+            f"same here, because the largest has more than {UNEVEN} times as many images as the smallest. Over all "
+            f"images, test accuracy is {test:.2f} %; loss {summary['test_loss']:.3f}"
+        )
     return (
-        f'<h1>{_title(summary)}</h1>\n<p class="result">{result}</p>\n<p class="soft">{told}</p>\n'
-        f"<p>Repeat this run, in the folder of this page:</p>\n<pre><code>{escape(command)}</code></pre>"
+        f'<h1>{_title(summary)}</h1>\n<p class="result">{result}</p>\n<p class="soft">{told}</p>\n{_figures(summary)}'
+        "<p>Repeat this run, in the folder of this page:</p>\n"
+        f"<pre><code>finetune run --config {RECIPE}</code></pre>"
     )
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    """The other figures of the test in one line each; nothing without a test."""
+    calibration = summary.get("calibration") or {}
+    figures = [
+        ("top-5 accuracy", summary.get("test_top5_accuracy"), " %"),
+        ("mean per-class recall", summary.get("test_mean_recall"), " %"),
+        ("calibration error", calibration.get("test_error"), " points"),
+    ]
+    if calibration.get("temperature", 1) != 1:
+        figures.append(("calibration error with temperature", calibration.get("test_error_scaled"), " points"))
+    rows = [[row_head(name), number(f"{value:.2f}{unit}")] for name, value, unit in figures if value is not None]
+    return f'<div class="narrow">\n{html_table("", [], rows)}</div>\n' if rows else ""
 
 
 def _curves(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
@@ -91,58 +157,63 @@ def _curves(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
         "lr": [f"{row['lr']:.2e}" for row in rows],
         "seconds": [f"{row['seconds']:.1f}" for row in rows],
     }
-    heads = "".join(f'<th scope="col" class="number">{name}</th>' for name in columns)
-    lines = zip(*columns.values(), strict=True)
-    cells = ("".join(f'<td class="number">{cell}</td>' for cell in line) for line in lines)
-    table = "".join(f"<tr>{line}</tr>\n" for line in cells)
+    columns = {name: texts for name, texts in columns.items() if any(texts)}
+    heads = [head(name, number=True) for name in columns]
+    table = html_table("", heads, [[number(text) for text in line] for line in zip(*columns.values(), strict=True)])
     told = "Training figures are means over each epoch, taken in passing while the network learns"
     if rows[-1]["val_loss"] is not None:
         told += "; validation is measured after the epoch"
     return (
-        f'<h2>Training</h2>\n<div class="pair">\n{"".join(charts)}</div>\n'
+        f'<div class="pair">\n{"".join(charts)}</div>\n'
         f'<p class="soft">{told}. The weights are those of epoch {summary["kept_epoch"]}.</p>\n'
-        '<details><summary>Figures of every epoch</summary>\n<div class="wide"><table>\n'
-        f"<tr>{heads}</tr>\n{table}</table></div></details>"
+        f"<details><summary>Figures of every epoch</summary>\n{scrolling('Figures of every epoch', table)}</details>"
     )
 
 
-def _classes(classes: Sequence[str], predicted: torch.Tensor, labels: torch.Tensor) -> str:
-    """Accuracy of each class, and which classes are taken for which."""
-    count = len(classes)
-    # (C, C): rows are what the images are, columns what they were taken for
-    table = torch.bincount(labels * count + predicted, minlength=count * count).reshape(count, count)
-    total = table.sum(1)
-    present = [index for index in range(count) if total[index]]
-    right = {index: int(table[index, index]) for index in present}
-    ordered = sorted(present, key=lambda index: (right[index] / int(total[index]), index))
-
-    def listed(title: str, indices: Sequence[int]) -> str:
-        rows = ""
-        for index in indices:
-            share = 100 * right[index] / int(total[index])
-            rows += (
-                f"<tr><td>{escape(classes[index])}</td>"
-                f'<td class="number">{right[index]:,} of {int(total[index]):,}</td>'
-                f'<td class="number">{share:.1f} %</td>'
-                f'<td class="bar"><div style="width: {share:.1f}%"></div></td></tr>\n'
-            )
-        return f"<table>\n<caption>{title}</caption>\n{rows}</table>\n"
-
-    if len(ordered) <= 2 * SHOWN:
-        tables = listed("all classes, the worst first", ordered)
+def _calibration(summary: dict[str, Any], predictions: Predictions) -> str:
+    """Whether confidence can be believed, with and without the temperature."""
+    own = summary.get("calibration") or {"temperature": 1.0, "reason": "this run is older than it"}
+    temperature = float(own["temperature"])
+    plain = calibrate(predictions.logits, predictions.labels)
+    scaled = calibrate(predictions.logits, predictions.labels, temperature)
+    lines = [("a", "as they are", *_filled(plain))]
+    told = (
+        f"Accuracy and confidence of the test images lie {plain.error:.2f} percentage points apart, over {BINS} bins "
+        "of confidence (expected calibration error)."
+    )
+    if temperature == 1:
+        told += f" The temperature is 1: {escape(str(own['reason']))}."
     else:
-        tables = listed(f"the {SHOWN} worst", ordered[:SHOWN]) + listed(f"the {SHOWN} best", ordered[: -SHOWN - 1 : -1])
-    mistakes = [(int(table[a, b]), a, b) for a, b in table.nonzero().tolist() if a != b]
-    mistakes.sort(key=lambda item: (-item[0], item[1], item[2]))
-    pairs = "".join(
-        f"<tr><td>{escape(classes[a])}</td><td>{escape(classes[b])}</td>"
-        f'<td class="number">{n:,} of {int(total[a]):,}</td></tr>\n'
-        for n, a, b in mistakes[:SHOWN]
+        lines.append(("b", "with temperature", *_filled(scaled)))
+        told += (
+            f" With the logits divided by the temperature {temperature:g} ({escape(str(own['reason']))}) it is "
+            f"{scaled.error:.2f}."
+        )
+    rows = [
+        [row_head(f"{100 * place / BINS:.0f} to {100 * (place + 1) / BINS:.0f} %", name=True)]
+        + [number(text) for curve in ([plain, scaled] if temperature != 1 else [plain]) for text in _bin(curve, place)]
+        for place in range(BINS)
+    ]
+    heads = [head("confidence"), *(head(name, number=True) for name in ("images", "mean", "right"))]
+    if temperature != 1:
+        heads += [head(f"{name}, with temperature", number=True) for name in ("images", "mean", "right")]
+    table = scrolling("Calibration by bins", html_table("", heads, rows))
+    return (
+        f'<p>{told}</p>\n<div class="narrow">\n{reliability_chart(lines)}</div>\n'
+        f"<details><summary>Figures of every bin</summary>\n{table}</details>"
     )
-    heads = '<tr><th scope="col">is</th><th scope="col">taken for</th><th scope="col" class="number">images</th></tr>\n'
-    table_of_pairs = f'<table class="pairs">\n{heads}{pairs}</table>'
-    confused = f"<h2>Most confused pairs</h2>\n{table_of_pairs}" if pairs else ""
-    return f'<h2>Test accuracy by class</h2>\n<div class="pair">\n{tables}</div>\n{confused}'
+
+
+def _filled(curve: Calibration) -> tuple[list[float], list[float]]:
+    """Confidence and accuracy of the bins that hold images."""
+    places = [place for place in range(BINS) if curve.counts[place]]
+    return [curve.confidence[place] for place in places], [curve.accuracy[place] for place in places]
+
+
+def _bin(curve: Calibration, place: int) -> list[str]:
+    if not curve.counts[place]:
+        return ["0", "", ""]
+    return [f"{curve.counts[place]:,}", f"{curve.confidence[place]:.1f} %", f"{curve.accuracy[place]:.1f} %"]
 
 
 def _frozen(summary: dict[str, Any]) -> str:
@@ -156,25 +227,31 @@ def _frozen(summary: dict[str, Any]) -> str:
         if summary["frozen_tensors"] and summary["frozen_unchanged"]
         else "No layer was frozen."
     )
-    return (
-        f"<h2>What trained</h2>\n<p>{names}: {parameters['trained']:,} of {parameters['total']:,} parameters "
-        f"({share:.1f} %). {proof}</p>"
-    )
+    return f"<p>{names}: {parameters['trained']:,} of {parameters['total']:,} parameters ({share:.1f} %). {proof}</p>"
 
 
 def _time(summary: dict[str, Any]) -> str:
-    """Where the time went."""
+    """Where the time went, beside what the plan expected where it was written down."""
     seconds = summary["seconds"]
-    names = {"prefix": "frozen part, computed once", "train": "training", "eval": "evaluation"}
-    longest = max(*(seconds[key] for key in names), seconds["total"], 1e-9)
-    rows = "".join(
-        f'<tr><td>{name}</td><td class="number">{seconds[key]:,.1f} s</td>'
-        f'<td class="bar"><div style="width: {100 * seconds[key] / longest:.1f}%"></div></td></tr>\n'
-        for key, name in {**names, "total": "whole run, with reading data and weights"}.items()
-    )
+    expected = (summary.get("estimate") or {}).get("seconds") or {}
+    names = {
+        "prefix": "frozen part, computed once",
+        "train": "training",
+        "eval": "evaluation",
+        "total": "whole run, with reading data and weights",
+    }
+    longest = max(*(seconds[key] for key in names), *expected.values(), 1e-9)
+    heads = [head("phase"), head("took", number=True)]
+    heads += [head("expected", number=True)] if expected else []
+    rows = []
+    for key, name in names.items():
+        row = [row_head(name, name=True), number(f"{seconds[key]:,.1f} s")]
+        if expected:
+            row.append(number(f"{expected[key]:,.1f} s" if key in expected else ""))
+        rows.append([*row, bar(100 * seconds[key] / longest)])
     return (
-        f"<h2>Time</h2>\n<p>{duration(seconds['total'])} on {escape(summary['device'])}, {summary['epochs']} epochs, "
-        f"{summary['images_seen']:,} images seen.</p>\n<table>\n{rows}</table>"
+        f"<p>{duration(seconds['total'])} on {escape(summary['device'])}, {summary['epochs']} epochs, "
+        f"{summary['images_seen']:,} images seen.</p>\n" + html_table("", [*heads, head("")], rows)
     )
 
 
@@ -190,11 +267,7 @@ def _facts(summary: dict[str, Any]) -> str:
         ("accuracy on train", f"{summary['train_accuracy']:.2f} %"),
         ("computed in", f"{summary['precision']}, {'compiled' if summary['compile'] else 'not compiled'}"),
         ("features", f"{size(features['bytes'])} ({features['where']})" if features["bytes"] else None),
-        ("versions", ", ".join(f"{name} {number}" for name, number in summary["versions"].items())),
+        ("versions", ", ".join(f"{name} {release}" for name, release in summary["versions"].items())),
     ]
-    rows = "".join(
-        f'<tr><th scope="row">{name}</th><td>{escape(str(value))}</td></tr>\n'
-        for name, value in facts
-        if value is not None
-    )
-    return f"<h2>Data, weights and environment</h2>\n<table>\n{rows}</table>"
+    rows = [[row_head(name), f"<td>{escape(str(value))}</td>"] for name, value in facts if value is not None]
+    return html_table("", [], rows)

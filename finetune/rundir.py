@@ -23,7 +23,7 @@ from weights.errors import RunError
 from weights.save import write_atomically
 
 RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"
-MODEL, PREDICTIONS, LOCK = "model.safetensors", "predictions.safetensors", ".lock"
+MODEL, CONFIG, PREDICTIONS, LOCK = "model.safetensors", "config.json", "predictions.safetensors", ".lock"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no more of this user's share, no larger file
 

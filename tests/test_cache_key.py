@@ -235,3 +235,10 @@ def test_the_key_changes_with_the_cache_format(usual: str, monkeypatch: pytest.M
 def test_a_key_does_not_depend_on_the_order_of_ingredients() -> None:
     assert key_of({"a": 1, "b": (1, 2)}) == key_of({"b": [1, 2], "a": 1})
     assert key_of({"a": 1}) != key_of({"a": 2})
+
+
+def test_the_test_split_has_the_features_of_fp32_eager_whatever_was_chosen(usual: str) -> None:
+    compiled = prepared(choice=replace(FP32, compiled=True))
+    assert keys(compiled) != [usual]
+    assert keys(compiled.for_test) == keys(prepared().for_test) == [usual]
+    assert keys(prepared(choice=replace(FP32, precision="bf16")).for_test) == [usual]

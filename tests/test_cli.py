@@ -19,11 +19,14 @@ from make_data import make_images, write_cifar100_python, write_class_folders, w
 from make_run import write_weights
 from typer.testing import CliRunner, Result
 
+import cli.report
 from cli.main import app
 from cli.options import PANELS
 from finetune.recipe import Recipe, flag, to_table
 
-COMMANDS = ("check", "plan", "run", "layers", "demo", "cache", "cache list", "cache clear")
+COMMANDS = (
+    "check", "plan", "run", "eval", "report", "layers", "demo", "cache", "cache list", "cache clear",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +137,13 @@ def test_run_prints_the_result_on_stdout_and_the_rest_on_stderr(root: Path) -> N
     assert [line[:9] for line in told if line.startswith("epoch")] == ["epoch 1/1"]
 
 
-def test_json_is_all_that_is_on_stdout(root: Path) -> None:
-    result = invoke(*run_words(root), "--json")
+def test_json_is_all_that_is_on_stdout(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page that --open shows is shown all the same."""
+    shown: list[str] = []
+    monkeypatch.setattr(cli.report.webbrowser, "open", lambda address: not shown.append(address))
+    result = invoke(*run_words(root), "--json", "--open")
     assert result.exit_code == 0
+    assert shown == [Path("out/report.html").resolve().as_uri()]
     summary = json.loads(result.stdout)
     assert summary == {**json.loads(Path("out/summary.json").read_text()), "output": "out"}
     assert "epoch 1/1" in result.stderr

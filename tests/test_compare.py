@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from make_data import write_image_folder
+from make_page import Page, browse, needs_chromium
 from make_run import tiny_recipe, write_weights
 from typer.testing import CliRunner
 
@@ -153,6 +154,20 @@ def test_the_page(runs: list[Path], tmp_path: Path) -> None:
     assert "Accuracy at equal time" in text
     for one in result.runs:
         assert f"{one.accuracy:.2f} %" in text
+
+
+@needs_chromium
+def test_a_browser_finds_the_summaries_in_the_page(runs: list[Path], tmp_path: Path) -> None:
+    result = compare(runs)
+    write_page(tmp_path / "compare.html", result)
+    dom, console, requests = browse(tmp_path / "compare.html", tmp_path)
+    page = Page(dom)
+    for run_ in result.runs:
+        assert f"{run_.summary['test_accuracy']:.2f} %" in page.text
+        assert f"{run_.rows[-1]['train_loss']:.4f}" in page.text
+    assert "<long>" in page.text
+    assert "CONSOLE" not in console
+    assert requests == []
 
 
 def test_the_command(runs: list[Path], tmp_path: Path) -> None:

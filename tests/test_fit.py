@@ -359,6 +359,22 @@ def test_a_score_is_mean_loss_and_percent_right() -> None:
     assert accuracy == 75.0  # of two equal logits the first counts
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_classes_count_by_their_weight(smoothing: float) -> None:
+    """An image of weight 2 counts as two images, whatever else is in the batch."""
+    weights = torch.tensor([2.0, 1.0, 1.0, 1.0])
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    recipe = replace(SMALL, label_smoothing=smoothing)
+    trainer = Trainer(nn.Linear(6, 4), frozenset(), recipe, 30, torch.float32, CPU, class_weights=weights)
+    twice = torch.tensor([0, 0, 1, 2, 3, 4, 4])
+    expected = functional.cross_entropy(logits[twice], labels[twice], label_smoothing=smoothing, reduction="sum") / 5
+    torch.testing.assert_close(trainer._loss(logits, labels), expected)
+    trainer.class_weights = None
+    plain = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(trainer._loss(logits, labels), plain, rtol=0, atol=0)
+
+
 def test_a_recipe_that_is_not_resolved_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(ValueError, match="resolve the recipe first"):
         make_trainer(replace(SMALL, epochs=None))

@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from make_page import Page
 
 from finetune.chart import ticks, whole_ticks
+from finetune.metrics import calibrate
+from finetune.predictions import Predictions, illustrate
 from finetune.report import write_report
 
 CLASSES = [f"class {number}" for number in range(30)]
-COMMAND = "finetune run --config recipe.toml"
-VOID = {"meta"}
-
-
-class Page(HTMLParser):
-    """Reads a page: its text, its elements, and whether every element is closed in order."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def rows_of(epochs: int, *, val: bool = True) -> list[dict[str, Any]]:
@@ -74,6 +40,14 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "test_loss": 1.0625,
         "train_accuracy": 88.125,
         "val_accuracy": 70.5,
+        "test_top5_accuracy": 93.0625,
+        "test_mean_recall": 65.4321,
+        "calibration": {
+            "temperature": 0.5,
+            "reason": "fitted on 500 validation images",
+            "test_error": 9.875,
+            "test_error_scaled": 4.5,
+        },
         "epochs": 5,
         "kept_epoch": 5,
         "images_seen": 12_345,
@@ -83,7 +57,15 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "frozen_unchanged": True,
         "frozen_tensors": 90,
         "weights": {"source": "local file resnet18.pth", "sha256": "ab" * 32},
-        "data": {"name": "cifar100", "sha256": "cd" * 32, "classes": 30, "train": 4500, "val": 500, "test": 600},
+        "data": {
+            "name": "cifar100",
+            "sha256": "cd" * 32,
+            "classes": 30,
+            "train": 4500,
+            "val": 500,
+            "test": 600,
+            "uneven": False,
+        },
         "device": "cpu",
         "precision": "bf16",
         "compile": False,
@@ -102,15 +84,18 @@ def guesses() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels
 
 
+def predictions_of(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
+    """With pictures of one colour, which is the image's place."""
+    images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+    return illustrate(logits, labels, images)
+
+
 def page_of(folder: Path, **given: Any) -> tuple[str, Page]:
-    logits, labels = guesses()
     settings = {
         "summary": summary_of(),
         "rows": rows_of(5),
         "classes": CLASSES,
-        "logits": logits,
-        "labels": labels,
-        "command": COMMAND,
+        "predictions": predictions_of(*guesses()),
     }
     write_report(folder, **{**settings, **given})
     source = (folder / "report.html").read_text(encoding="utf-8")
@@ -123,7 +108,11 @@ def test_the_figures_are_those_of_the_summary(tmp_path: Path) -> None:
         "resnet18.tv_in1k on cifar100",
         "71.23 % test accuracy on 600 images",
         "loss 1.062",
-        COMMAND,
+        "Repeat this run, in the folder of this page: finetune run --config recipe.toml",
+        "top-5 accuracy 93.06 %",
+        "mean per-class recall 65.43 %",
+        "calibration error 9.88 points",
+        "calibration error with temperature 4.50 points",
         "layer4, fc: 8,445,028 of 11,227,812 parameters (75.2 %)",
         "the 90 frozen tensors and buffers had the same SHA-256 after training as before",
         "5 min 5 s on cpu, 5 epochs, 12,345 images seen",
@@ -145,11 +134,28 @@ def test_the_figures_are_those_of_the_summary(tmp_path: Path) -> None:
 def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path: Path) -> None:
     source, page = page_of(tmp_path)
     assert page.open == []
-    assert not re.search(r"https?:|//|url\(|@import", source)
+    assert not re.search(r"https?:|//|url\(|@import", re.sub(r'src="data:image/png;base64,[\w+/=]+"', "", source))
     tags = {tag for tag, _ in page.elements}
-    assert tags.isdisjoint({"script", "link", "img", "iframe", "object"})
+    assert tags.isdisjoint({"script", "link", "iframe", "object"})
     used = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(used) == len(set(used)) == 4
+    assert len(used) == len(set(used))
+    assert {(attributes["href"] or "")[1:] for attributes in page.all("a")} <= set(used)
+
+
+def test_who_cannot_see_it_can_read_it(tmp_path: Path) -> None:
+    """Pictures have words, tables have heads, headings come in order, what scrolls can be reached by keyboard."""
+    _, page = page_of(tmp_path)
+    assert all(attributes.get("alt") for attributes in page.all("img"))
+    assert len(page.all("img")) > 20
+    assert all(attributes.get("scope") in ("row", "col") for attributes in page.all("th"))
+    assert all("scope" in attributes or attributes.get("aria-hidden") for attributes in page.all("th"))
+    headings = [tag for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
+    assert headings == ["h1"] + ["h2"] * (len(headings) - 1)
+    assert all(box["tabindex"] == "0" and box["aria-label"] for box in page.all("div") if box.get("role") == "region")
+    named = [attributes for attributes in page.all("svg") if attributes.get("aria-hidden") != "true"]
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    assert named
+    assert all(set((attributes["aria-labelledby"] or "").split()) <= ids for attributes in named)
 
 
 def test_every_name_is_text(tmp_path: Path) -> None:
@@ -162,8 +168,10 @@ def test_every_name_is_text(tmp_path: Path) -> None:
         versions={evil: evil},
         device=evil,
     )
-    source, page = page_of(tmp_path, summary=summary, classes=[evil] * 30, command=evil)
+    summary["calibration"]["reason"] = evil
+    source, page = page_of(tmp_path, summary=summary, classes=[evil] * 30)
     assert "<script" not in source
+    assert any(evil in (attributes["alt"] or "") for attributes in page.all("img"))
     assert page.open == []
     assert page.text.count(evil) >= 30
 
@@ -171,22 +179,22 @@ def test_every_name_is_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("epochs", "val"), [(1, True), (7, True), (7, False), (90, True)])
 def test_curves_have_a_point_for_every_epoch(tmp_path: Path, epochs: int, val: bool) -> None:
     _, page = page_of(tmp_path, rows=rows_of(epochs, val=val))
-    lines = page.all("polyline")
+    *lines, _, _ = page.all("polyline")  # the last two are of calibration
     assert len(lines) == (4 if val else 2)
     for line in lines:
         points = [tuple(map(float, point.split(","))) for point in (line["points"] or "").split()]
         assert len(points) == epochs
         assert all(0 <= x <= 420 and 0 <= y <= 250 for x, y in points)
         assert sorted(points) == points
-    titles = [attributes["aria-labelledby"] for attributes in page.all("svg")]
-    assert titles == ["loss-title loss-desc", "accuracy-title accuracy-desc"]
+    titles = [attributes["aria-labelledby"] for attributes in page.all("svg") if "aria-labelledby" in attributes]
+    assert titles[:2] == ["loss-title loss-desc", "accuracy-title accuracy-desc"]
     assert f"training from 40.00 % in epoch 1 to {100 - 60 / epochs:.2f} % in epoch {epochs}" in page.text
 
 
 def test_a_curve_goes_where_its_figures_are(tmp_path: Path) -> None:
     _, page = page_of(tmp_path, rows=rows_of(3, val=False))
     falling, rising = (
-        [float(point.split(",")[1]) for point in (line["points"] or "").split()] for line in page.all("polyline")
+        [float(point.split(",")[1]) for point in (line["points"] or "").split()] for line in page.all("polyline")[:2]
     )
     assert falling[0] < falling[1] < falling[2]  # a loss of 3, 1.5, 1: downwards, so y grows
     assert (falling[1] - falling[0]) / (falling[2] - falling[1]) == pytest.approx(3, abs=0.01)
@@ -196,29 +204,36 @@ def test_a_curve_goes_where_its_figures_are(tmp_path: Path) -> None:
 def test_the_ten_worst_and_the_ten_best_classes(tmp_path: Path) -> None:
     _, page = page_of(tmp_path)
     worst, best = page.text.index("the 10 worst"), page.text.index("the 10 best")
-    assert page.text[worst:].startswith("the 10 worst class 19 1 of 20 5.0 % class 18 2 of 20 10.0 % class 17")
+    assert page.text[worst:].startswith(
+        "the 10 worst class right recall class 19 1 of 20 5.0 % class 18 2 of 20 10.0 % class 17"
+    )
     assert page.text[best:].startswith(
-        "the 10 best class 20 20 of 20 100.0 % class 0 20 of 20 100.0 % class 21 19 of 20"
+        "the 10 best class right recall class 20 20 of 20 100.0 % class 0 20 of 20 100.0 % class 21 19 of 20"
     )
     assert "class 10 10 of 20" in page.text[worst:best]
-    assert "is taken for images class 19 class 20 19 of 20 class 18 class 19 18 of 20" in page.text
+    assert "All 30 classes, and what each was taken for" in page.text
+    assert (
+        "class 19 20 5.0 % 5.3 % class 20 19" in page.text
+    )  # 1 right of the 19 that class 18 and itself were taken for
+    assert "class 19 taken for class 20 : 19 of 20 beside one that is class 20: class 18 taken for" in page.text
 
 
 def test_few_classes_are_all_shown_and_absent_ones_left_out(tmp_path: Path) -> None:
     labels = torch.tensor([0, 0, 2, 2])
     logits = torch.eye(3)[torch.tensor([0, 2, 2, 2])]
-    _, page = page_of(tmp_path, classes=["ant", "bee", "fly"], logits=logits, labels=labels)
-    assert "all classes, the worst first ant 1 of 2 50.0 % fly 2 of 2 100.0 %" in page.text
-    assert "bee" not in page.text
-    assert "is taken for images ant fly 1 of 2" in page.text
+    _, page = page_of(tmp_path, classes=["ant", "bee", "fly"], predictions=predictions_of(logits, labels))
+    assert "all classes, the worst first class right recall ant 1 of 2 50.0 % fly 2 of 2 100.0 %" in page.text
+    assert "bee" not in page.text.partition("Confusion matrix")[0].partition("by class")[2]
+    assert "ant taken for fly : 1 of 2" in page.text
 
 
 def test_nothing_confused_nothing_frozen_nothing_loaded(tmp_path: Path) -> None:
     summary = summary_of(
         frozen_tensors=0, weights={"source": "none", "sha256": None}, features={"where": "uncut", "bytes": 0}
     )
-    _, page = page_of(tmp_path, summary=summary, logits=torch.eye(30), labels=torch.arange(30))
+    _, page = page_of(tmp_path, summary=summary, predictions=predictions_of(torch.eye(30), torch.arange(30)))
     assert "confused" not in page.text
+    assert "mistakes" not in page.text.partition("Confusion matrix")[0]
     assert "No layer was frozen." in page.text
     assert "weights random at the start" in page.text
     assert "features" not in page.text
@@ -230,10 +245,45 @@ def test_nothing_confused_nothing_frozen_nothing_loaded(tmp_path: Path) -> None:
 )
 def test_without_a_test_split(tmp_path: Path, val_accuracy: float | None, told: str) -> None:
     summary = summary_of(test_accuracy=None, test_loss=None, val_accuracy=val_accuracy)
-    _, page = page_of(tmp_path, summary=summary, logits=None, labels=None)
+    summary |= {"test_top5_accuracy": None, "test_mean_recall": None}
+    summary["calibration"] |= {"test_error": None, "test_error_scaled": None}
+    _, page = page_of(tmp_path, summary=summary, predictions=None)
     assert told in page.text
     assert "by class" not in page.text
+    assert "recall" not in page.text
     assert page.open == []
+
+
+def test_of_uneven_classes_the_mean_recall_is_the_result(tmp_path: Path) -> None:
+    summary = summary_of(data={**summary_of()["data"], "uneven": True})
+    _, page = page_of(tmp_path, summary=summary)
+    assert "65.43 % mean per-class recall on 600 test images" in page.text
+    assert "the largest has more than 2 times as many images as the smallest" in page.text
+    assert "Over all images, test accuracy is 71.23 %; loss 1.062" in page.text
+
+
+def test_time_stands_beside_what_was_expected(tmp_path: Path) -> None:
+    _, page = page_of(
+        tmp_path, summary=summary_of(estimate={"seconds": {"prefix": 200.0, "train": 60.0, "total": 290.5}})
+    )
+    assert "phase took expected frozen part, computed once 211.5 s 200.0 s training 61.8 s 60.0 s" in page.text
+    assert "evaluation 8.5 s whole run, with reading data and weights 305.0 s 290.5 s" in page.text
+
+
+def test_calibration_with_a_temperature_and_without(tmp_path: Path) -> None:
+    _, page = page_of(tmp_path)
+    logits, labels = guesses()
+    plain, scaled = calibrate(logits, labels), calibrate(logits, labels, 0.5)
+    assert f"lie {plain.error:.2f} percentage points apart, over 15 bins" in page.text
+    assert f"temperature 0.5 (fitted on 500 validation images) it is {scaled.error:.2f}" in page.text
+    own = {
+        "temperature": 1.0,
+        "reason": "no validation images to fit it on",
+        "test_error": 1.0,
+        "test_error_scaled": 1.0,
+    }
+    _, page = page_of(tmp_path, summary=summary_of(calibration=own))
+    assert "The temperature is 1: no validation images to fit it on." in page.text
 
 
 def test_light_dark_and_print_are_styled(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def write_config(
     input_size: Sequence[int],
     crop_pct: float = 1.0,
     model_args: Mapping[str, Any] | None = None,
+    finetune: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the `config.json` that timm's `local-dir:` reads.
 
@@ -124,6 +125,7 @@ def write_config(
         input_size: (C, H, W) of the images it was trained with.
         crop_pct: share of the image that the centre crop keeps; 1.0 is no crop.
         model_args: further arguments for `timm.create_model`.
+        finetune: what only this project reads, under a key of its own that timm passes over.
 
     Raises:
         RunError: when the file cannot be written.
@@ -152,8 +154,9 @@ def write_config(
         "label_names": list(classes),
         "pretrained_cfg": preprocessing,
     }
-    if model_args:
-        config["model_args"] = dict(model_args)
+    for name, extra in (("model_args", model_args), ("finetune", finetune)):
+        if extra:
+            config[name] = dict(extra)
     write_atomically(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -1,0 +1,132 @@
+"""The images of `finetune eval`: which split of which data, with the model's labels, and which of them train holds too.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.data import read_data
+from finetune.events import Events
+from finetune.images import DataSplits, ImageSet, RawData, first_few
+from finetune.recipe import Recipe, read_toml
+from finetune.rundir import RECIPE
+from finetune.splits import make_splits
+from finetune.trained import Trained
+from weights.errors import DataError, UsageError
+
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The images that a model is evaluated on.
+
+    Attributes:
+        name: of the data set.
+        images: labels are the model's.
+        learned: what the data set gives for training, to look for repeated images in; None when nobody knows, or when
+            it is the training split itself that is evaluated.
+        notes: sentences for the user.
+    """
+
+    name: str
+    images: ImageSet
+    learned: ImageSet | None
+    notes: tuple[str, ...]
+
+
+def choose_images(
+    trained: Trained, data: str | None, *, data_dir: Path | None, labels: str | None, split: str, events: Events
+) -> Chosen:
+    """Read a data set and return the split that is wanted, with the model's labels.
+
+    One pile of classes, without train and test folders, is all test images, unless it is what the model's run divided:
+    then its test split is the one that the run held out.
+    """
+    recipe = trained.recipe or Recipe()
+    if data is None:
+        data, data_dir = _own_data(trained, data_dir)
+    size, wanted = trained.preprocessing.size, labels or recipe.labels
+    try:
+        raw = read_data(data, data_dir=data_dir, labels=wanted, image_size=size, progress=events.progress)
+    except UsageError:
+        if labels is not None or wanted == "fine":
+            raise
+        # Only CIFAR-100 has coarse labels; in other data the same classes are found by name.
+        raw = read_data(data, data_dir=data_dir, image_size=size, progress=events.progress)
+    if split == "test":  # whatever was held out for validation was there to learn from as well
+        splits = make_splits(raw, val_fraction=0.0)
+        if raw.hold_out_test and not _is_of_the_run(trained, splits):
+            note = f"{raw.name} has no train and test folders, so all of its {len(raw.train):,} images are test images."
+            return _with_labels_of(trained, raw, raw.train, None, (note,))
+        return _with_labels_of(trained, raw, _required(splits.test, raw, split), splits.train)
+    splits = make_splits(raw, val_fraction=recipe.val_fraction, limit=recipe.limit, seed=recipe.seed)
+    if split == "train":
+        return _with_labels_of(trained, raw, splits.train, None)
+    return _with_labels_of(trained, raw, _required(splits.val, raw, split), splits.train)
+
+
+def _own_data(trained: Trained, data_dir: Path | None) -> tuple[str, Path | None]:
+    """Return the data of the model's run, from its recipe.toml."""
+    path = trained.folder / RECIPE
+    if not path.is_file():
+        raise UsageError(f"--data is missing, and {trained.folder} holds no {RECIPE} that names the data; give --data.")
+    table = read_toml(path)
+    own = table.get("data_dir", "auto")
+    return str(table.get("data", "")), data_dir or (None if own == "auto" else Path(own))
+
+
+def _is_of_the_run(trained: Trained, splits: DataSplits) -> bool:
+    summary = trained.summary() or {}
+    return bool(summary.get("data", {}).get("sha256") == splits.sha256)
+
+
+def _required(images: ImageSet | None, raw: RawData, split: str) -> ImageSet:
+    if images is None:
+        there = ["train", *(name for name, part in (("val", raw.val), ("test", raw.test)) if part is not None)]
+        raise DataError(
+            f"{raw.name} has no {SPLITS[split]} images, only {' and '.join(there)}; give another --split, or a folder "
+            "of classes, which is all test images."
+        )
+    return images
+
+
+def _with_labels_of(
+    trained: Trained, raw: RawData, images: ImageSet, learned: ImageSet | None, notes: tuple[str, ...] = ()
+) -> Chosen:
+    """Return images whose labels are places in the model's classes, found by name.
+
+    Raises:
+        DataError: the data set has a class that the model does not know.
+    """
+    place = {name: index for index, name in enumerate(trained.classes)}
+    foreign = [name for name in images.classes if name not in place]
+    if foreign:
+        raise DataError(
+            f"{raw.name} has classes that {trained.folder} was not trained on: {first_few(foreign, 10)}; it knows "
+            f"{first_few(trained.classes, 10)}. Give data of the same classes."
+        )
+    absent = [name for name in trained.classes if name not in set(images.classes)]
+    if absent:
+        verb = "is" if len(absent) == 1 else "are"
+        notes = (*notes, f"{first_few(absent, 10)} {verb} among the model's classes and not in {raw.name}.")
+    table = torch.tensor([place[name] for name in images.classes])
+    known = ImageSet(images.images, table[images.labels], trained.classes)
+    return Chosen(raw.name, known, learned, (*raw.notes, *notes))
+
+
+def repeated_images(images: ImageSet, learned: ImageSet) -> torch.Tensor:
+    """Return bool (N,): which images have the same pixels as an image that was there to learn from."""
+    seen = set(_pixel_digests(learned))
+    return torch.tensor([digest in seen for digest in _pixel_digests(images)], dtype=torch.bool)
+
+
+def _pixel_digests(images: ImageSet) -> list[bytes]:
+    rows = images.images.reshape(len(images), -1).contiguous().numpy()  # (N, C*H*W), one size in all splits
+    return [hashlib.sha256(row).digest() for row in rows]

@@ -1,0 +1,213 @@
+"""A trained model from its folder: `model.safetensors` and the `config.json` beside it, verified.
+
+A run directory is such a folder, and so is what timm's `save_for_hf` writes. Nothing is read that could run code. What
+only this project knows (temperature, layers that trained, settings) is absent from other people's folders, and the
+model loads all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.augment import Preprocessing
+from finetune.models import build, check_size, preprocessing_of
+from finetune.recipe import Recipe, from_table
+from finetune.rundir import CHECKPOINT, CONFIG, MODEL, SUMMARY
+from finetune.temperature import Temperature
+from weights.arch import Arch, resolve_arch
+from weights.errors import UsageError, WeightsError
+from weights.load import load_into, read_tensors
+from weights.save import read_about
+
+UNKNOWN = Temperature(1.0, "config.json holds none")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to be used.
+
+    Attributes:
+        model: in eval mode, on the CPU, in the number format of its parameters.
+        arch: the network, with the preprocessing that belongs to these weights.
+        classes: names in the order of the logits.
+        preprocessing: pixels to model input.
+        temperature: logits are divided by it before the softmax.
+        trained_layers: names of the modules that trained, as `Selection.names`; None where nobody wrote them down.
+        recipe: settings of the run that made it; None where nobody wrote them down.
+        crop_pct: share of an image that the centre crop keeps; 1 for every run of this project.
+        folder: where it lies.
+    """
+
+    model: nn.Module
+    arch: Arch
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    temperature: Temperature
+    trained_layers: tuple[str, ...] | None
+    recipe: Recipe | None
+    crop_pct: float
+    folder: Path
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the summary of the run that lies beside the model, or None without one that can be read."""
+        try:
+            found = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+def load_trained(path: Path) -> Trained:
+    """Load a trained model.
+
+    Args:
+        path: a run directory or another folder with both files, or the `.safetensors` file in it.
+
+    Raises:
+        WeightsError: a file is missing, damaged, or does not fit the other; each with its sentence.
+    """
+    path = path.expanduser()
+    file = _weights_file(path)
+    place = file.with_name(CONFIG)
+    config = _read_config(place)
+    try:
+        arch = resolve_arch(_known(config, "architecture", str, place))
+    except UsageError as error:
+        raise WeightsError(
+            f"{place} names a network that cannot be built here ({error}); it may want a newer timm."
+        ) from error
+    classes = _class_names(config, place)
+    arch, size, crop_pct = _with_preprocessing(arch, config, place)
+    try:
+        model, _ = build(arch, len(classes), size, dict(config.get("model_args") or {}))
+    except UsageError as error:
+        raise WeightsError(f"{place} does not describe a network that can be built: {error}") from error
+    account = load_into(model, read_tensors(file), head=(), where=str(file), keep_head=True)
+    if account.unexpected:
+        named = ", ".join(account.unexpected[:3])
+        raise WeightsError(
+            f"{file} holds {len(account.unexpected)} tensors that {arch.name} has no place for ({named}), so it is of "
+            f"another network than {place} says; give a folder whose two files were written together."
+        )
+    check_size(model, arch, size)
+    about = read_about(file) or {}
+    return Trained(
+        model=model.eval(),
+        arch=arch,
+        classes=classes,
+        preprocessing=preprocessing_of(arch, size),
+        temperature=_temperature(config, place),
+        trained_layers=tuple(about["trained_layers"]) if "trained_layers" in about else None,
+        recipe=_recipe(about, file),
+        crop_pct=crop_pct,
+        folder=file.parent,
+    )
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        file = path / MODEL
+        if file.is_file():
+            return file
+        if (path / CHECKPOINT).exists():
+            raise WeightsError(
+                f"{path} is a run that was not finished and has no {MODEL}; go on with finetune run --resume {path}"
+            )
+        raise WeightsError(f"{path} holds no {MODEL}; give a run directory that finetune run has finished.")
+    if not path.is_file():
+        raise WeightsError(
+            f"There is nothing at {path}; expected a run directory, or a {MODEL} with its {CONFIG} beside it."
+        )
+    if path.suffix != ".safetensors":
+        raise WeightsError(
+            f"{path} is no .safetensors file; expected a run directory, or a {MODEL} with its {CONFIG} beside it."
+        )
+    return path
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{path} is missing, which names the network and the classes; put it back beside the weights."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is damaged ({error}); put back the one that was written with the weights."
+        ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} is damaged (no JSON object); put back the one that was written with the weights.")
+    return config
+
+
+def _known(config: dict[str, Any], key: str, kind: type, place: Path) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind):
+        found = "lacks" if value is None else "has a wrong"
+        raise WeightsError(f'{place} {found} "{key}"; expected the config.json that finetune or timm writes.')
+    return value
+
+
+def _class_names(config: dict[str, Any], place: Path) -> tuple[str, ...]:
+    # timm writes the names beside the architecture, older versions of it among the preprocessing
+    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise WeightsError(
+            f'{place} lacks the names of the classes ("label_names"), so predictions could not be named; write them '
+            "into it, in the order of the model's outputs."
+        )
+    count = config.get("num_classes", len(names))
+    if count != len(names):
+        raise WeightsError(f"{place} has num_classes {count} but {len(names)} label_names; mend the one that is wrong.")
+    return tuple(names)
+
+
+def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tuple[Arch, int, float]:
+    """Return the network with the configuration's preprocessing, the input side, and the crop."""
+    said = _known(config, "pretrained_cfg", dict, place)
+    channels, height, width = _numbers(said, "input_size", place)
+    if channels != 3 or height != width or height < 1:
+        raise WeightsError(
+            f'{place} has "input_size" {said["input_size"]}; expected 3 colours and a square, such as [3, 224, 224].'
+        )
+    merged = {
+        **arch.config,
+        "input_size": (3, int(height), int(width)),
+        "mean": _numbers(said, "mean", place),
+        "std": _numbers(said, "std", place),
+        "interpolation": said.get("interpolation") or arch.config.get("interpolation"),
+    }
+    # No tag: it would be that of the weights training began with.
+    return Arch(arch.name, "", merged), int(height), float(said.get("crop_pct") or 1.0)
+
+
+def _numbers(said: dict[str, Any], key: str, place: Path) -> tuple[float, ...]:
+    value = said.get(key)
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(part, int | float) for part in value):
+        raise WeightsError(f'{place} has "{key}" {value!r} in "pretrained_cfg"; expected three numbers.')
+    return tuple(value)
+
+
+def _temperature(config: dict[str, Any], place: Path) -> Temperature:
+    own = config.get("finetune")
+    if not isinstance(own, dict) or "temperature" not in own:
+        return UNKNOWN
+    value = own["temperature"]
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise WeightsError(f"{place} has a temperature of {value!r}; expected a number above 0 (1 is none).")
+    return Temperature(float(value), str(own.get("reason", "")))
+
+
+def _recipe(about: dict[str, Any], file: Path) -> Recipe | None:
+    """Return the settings in a checkpoint's metadata; those of another version that this one does not know are left."""
+    settings = about.get("settings")
+    if not isinstance(settings, dict):
+        return None
+    known = {item.name for item in fields(Recipe)}
+    return from_table({name: value for name, value in settings.items() if name in known}, str(file))
