@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines, print_table
+from cli.options import require_folder
 
 if TYPE_CHECKING:
     from finetune.check import Check
@@ -52,6 +53,8 @@ def check_command(
     """
     from finetune.check import check_data
 
+    if html is not None:
+        require_folder(html, "--html")
     with Screen() as screen:
         result = check_data(
             data,

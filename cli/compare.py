@@ -39,6 +39,7 @@ def compare_command(
         print(json.dumps({**result.as_dict(), "page": str(page)}, indent=2))
         return
     print_comparison(result)
+    print_equal_time(result)
     print_lines(["", *(one.sentence for one in result.explained), f"page            {page}"])
 
 
@@ -70,6 +71,21 @@ def print_comparison(result: Comparison) -> None:
         losses.append([str(epoch + 1), *cells])
     print()
     print_table("mean training loss", [("epoch", "right"), *columns[1:]], losses)
+
+
+def print_equal_time(result: Comparison) -> None:
+    """Print what each run had reached when the quickest one had ended, or why that cannot be said."""
+    from finetune.compare import equal_time
+    from finetune.plan import duration
+
+    equal = equal_time(result.runs)
+    if equal is None:
+        lines = ["no accuracy at equal time: some of the runs have validation images and others do not"]
+    else:
+        cells = ["no epoch done yet" if value is None else f"{value:.2f} %" for value in equal.accuracies]
+        reached = [f"{run.name} {cell}" for run, cell in zip(result.runs, cells, strict=True)]
+        lines = [f"{equal.images} accuracy after {duration(equal.seconds)}: {', '.join(reached)}"]
+    print_lines(["", *lines])
 
 
 def _percent(value: float | None) -> str:

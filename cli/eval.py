@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines, print_table
+from cli.options import require_folder
 from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def eval_command(
     from finetune.predictions import illustrate, write_predictions
     from finetune.trained import load_trained
 
+    if output is not None:
+        require_folder(output, "--output")
     with Screen() as screen:
         result = evaluate(
             load_trained(checkpoint),

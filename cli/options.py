@@ -122,3 +122,13 @@ def without_auto(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings from the command line with None where `auto` was given and the recipe means None by it."""
     auto = {item.name for item in dataclasses.fields(Recipe) if "None" in str(item.type)}
     return {name: None if name in auto and str(value) == AUTO else value for name, value in settings.items()}
+
+
+def require_folder(path: Path, option: str) -> None:
+    """Refuse a file to be written in a folder that is not there, before any work is done for it.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path} lies in a folder that does not exist; make {path.parent}, or give another.")

@@ -95,6 +95,8 @@ def _time_rows(plan: Plan) -> list[list[str]]:
     seconds = plan.estimate()["seconds"]
     rows = f"{plan.feature_views:,} feature rows" if plan.feature_views else "no features to compute"
     per_epoch = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)} of {duration(plan.epoch_seconds)}"
+    if plan.epochs_in_budget < plan.epochs:
+        per_epoch = f"about {plan.epochs_in_budget:.1f} of {per_epoch}"
     return [
         ["start", duration(plan.start_seconds), "reading data and weights, timing steps: what it took now"],
         ["prefix", duration(seconds["prefix"]), rows],

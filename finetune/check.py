@@ -126,7 +126,5 @@ def check_data(
         found = read_originals(data, data_dir=data_dir, labels=labels, progress=progress)
     except OSError as error:
         raise cannot_read(data, error) from error
-    if progress is not None:
-        progress("compare images", 0, 0)
-    twice = find_duplicates(found, threshold)
+    twice = find_duplicates(found, threshold, progress)
     return Check(found, twice, threshold, judge(found, twice, threshold, allow_leaks=allow_leaks))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import read_toml
+from finetune.recipe import Recipe, read_toml, to_table
 from finetune.rundir import METRICS, RECIPE, SUMMARY
 from weights.errors import RunError, UsageError
 
@@ -132,7 +132,42 @@ class Comparison:
             for run in self.runs
         ]
         explained = [{**asdict(one), "sentence": one.sentence} for one in self.explained]
-        return {"data": self.runs[0].summary["data"], "runs": runs, "differing": self.differing, "explained": explained}
+        equal = equal_time(self.runs)
+        return {
+            "data": self.runs[0].summary["data"],
+            "runs": runs,
+            "differing": self.differing,
+            "explained": explained,
+            "equal_time": None if equal is None else asdict(equal),
+        }
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """What each run had reached when the quickest one had ended.
+
+    Attributes:
+        seconds: since the start of each run, features included.
+        images: what the accuracy is of: validation or training.
+        accuracies: in percent, in the order of the runs; None before a run's first epoch was done.
+    """
+
+    seconds: float
+    images: str
+    accuracies: tuple[float | None, ...]
+
+
+def equal_time(runs: Sequence[RunResult]) -> EqualTime | None:
+    """Return each run's accuracy at equal time; None where some have validation images and others do not."""
+    curves = [run.by_time() for run in runs if run.rows]
+    if len(curves) < len(runs) or len({kind for _, _, kind in curves}) > 1:
+        return None
+    limit = min(seconds[-1] for seconds, _, _ in curves)
+    reached = []
+    for seconds, values, _ in curves:
+        done = [value for clock, value in zip(seconds, values, strict=True) if clock <= limit + 1e-9]
+        reached.append(done[-1] if done else None)
+    return EqualTime(limit, curves[0][2], tuple(reached))
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
@@ -156,7 +191,8 @@ def compare(paths: Sequence[Path]) -> Comparison:
                     f"{first.path} and {run.path} were made on different {what} ({first.summary['data']['name']} and "
                     f"{run.summary['data']['name']}), so their results cannot be compared; give runs on the same data."
                 )
-    tables = [{name: value for name, value in run.settings.items() if name not in PLACES} for run in runs]
+    usual = to_table(Recipe())  # an older recipe.toml lacks settings that came later; they had no effect then
+    tables = [{name: value for name, value in {**usual, **run.settings}.items() if name not in PLACES} for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
     differing = {name: [table.get(name) for table in tables] for name in names}
     weights = [run.summary["weights"] for run in runs]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chart import LINES, overlay
-from finetune.compare import Comparison, RunResult, uneven_recall
+from finetune.compare import Comparison, RunResult, equal_time, uneven_recall
 from finetune.page import contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
 from weights.save import write_atomically
@@ -100,15 +100,11 @@ def _curves(runs: Sequence[RunResult]) -> str:
 
 def _equal(runs: Sequence[RunResult]) -> str:
     """Accuracy of every run when the quickest one had ended."""
-    curves = [run.by_time() for run in runs if run.rows]
-    if len(curves) < len(runs) or len({kind for _, _, kind in curves}) > 1:
+    equal = equal_time(runs)
+    if equal is None:
         return ""
-    limit = min(seconds[-1] for seconds, _, _ in curves)
-    cells = []
-    for seconds, values, _ in curves:
-        reached = [value for clock, value in zip(seconds, values, strict=True) if clock <= limit + 1e-9]
-        cells.append(f"{reached[-1]:.2f} %" if reached else "no epoch done yet")
-    rows = [[f"{curves[0][2]} accuracy after {duration(limit)}", *cells]]
+    cells = ["no epoch done yet" if value is None else f"{value:.2f} %" for value in equal.accuracies]
+    rows = [[f"{equal.images} accuracy after {duration(equal.seconds)}", *cells]]
     return _table("Accuracy at equal time", _names(runs), rows)
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finetune.images import Progress
 from finetune.originals import Originals
 
 BITS = 64  # of a perceptual hash
-ROWS = 256  # hashes compared with all others at a time: 60,000 of them are then 61 MB
+ROWS = 256  # hashes compared with all others at a time
+MOST_PRODUCTS = 16_000_000  # in float32 64 MB, whatever the number of hashes
 MOST_PAIRS = 100_000  # near pairs that are kept; a set with more consists of look-alikes
 
 
@@ -54,12 +56,13 @@ class Duplicates:
     complete: bool
 
 
-def find_duplicates(originals: Originals, threshold: int) -> Duplicates:
+def find_duplicates(originals: Originals, threshold: int, progress: Progress | None = None) -> Duplicates:
     """Find what is there twice.
 
     Args:
         originals: the data set.
         threshold: T, most bits in which the hashes of look-alikes differ.
+        progress: called as progress(what, done, total).
     """
     pictures = group_by([look.digest for look in originals.looks])
     groups = [members for members in pictures if len(members) > 1]
@@ -70,7 +73,7 @@ def find_duplicates(originals: Originals, threshold: int) -> Duplicates:
             leaks += [(image, trained[0]) for image in members if originals.split_of(image) == "test"]
     hashed = [members for members in pictures if originals.looks[members[0]].hash is not None]
     hashes = np.array([originals.looks[members[0]].hash for members in hashed], dtype=np.uint64)
-    found, complete = near_pairs(hashes, threshold)
+    found, complete = near_pairs(hashes, threshold, progress)
     near: list[NearPair] = []
     nearest: dict[int, NearPair] = {}
     for one, other, distance in found:
@@ -93,7 +96,9 @@ def group_by(digests: Sequence[bytes]) -> list[list[int]]:
     return list(places.values())
 
 
-def near_pairs(hashes: NDArray[np.uint64], threshold: int) -> tuple[list[list[int]], bool]:
+def near_pairs(
+    hashes: NDArray[np.uint64], threshold: int, progress: Progress | None = None
+) -> tuple[list[list[int]], bool]:
     """Return all pairs of hashes that differ in at most T bits.
 
     As vectors of +1 and -1, two hashes that differ in d bits have the product 64 - 2 d, so a matrix product compares
@@ -102,6 +107,7 @@ def near_pairs(hashes: NDArray[np.uint64], threshold: int) -> tuple[list[list[in
     Args:
         hashes: uint64 (P,).
         threshold: T.
+        progress: called as progress(what, done, total).
 
     Returns:
         [first, second, bits] with first < second, and whether these are all: after `MOST_PAIRS` the search ends.
@@ -109,8 +115,11 @@ def near_pairs(hashes: NDArray[np.uint64], threshold: int) -> tuple[list[list[in
     bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)  # (P, 64)
     signs = torch.from_numpy(bits).float() * 2 - 1
     found: list[list[int]] = []
-    for start in range(0, len(signs), ROWS):
-        products = signs[start : start + ROWS] @ signs[start:].T  # (up to ROWS, P - start)
+    rows_each = max(1, min(ROWS, MOST_PRODUCTS // max(1, len(signs))))
+    for start in range(0, len(signs), rows_each):
+        if progress is not None:
+            progress("compare images", start, len(signs))
+        products = signs[start : start + rows_each] @ signs[start:].T  # (up to ROWS, P - start)
         rows, columns = (products >= BITS - 2 * threshold).triu(1).nonzero(as_tuple=True)
         rows, columns = rows[: MOST_PAIRS + 1], columns[: MOST_PAIRS + 1]
         distances = (BITS - products[rows, columns].long()) // 2

@@ -30,8 +30,8 @@ class Chosen:
     Attributes:
         name: of the data set.
         images: labels are the model's.
-        learned: what the data set gives for training, to look for repeated images in; None when nobody knows, or when
-            it is the training split itself that is evaluated.
+        learned: what the model was trained on, to look for repeated images in; None when nobody knows, or when it is
+            the training split itself that is evaluated.
         notes: sentences for the user.
     """
 
@@ -64,8 +64,10 @@ def choose_images(
         splits = make_splits(raw, val_fraction=0.0)
         if raw.hold_out_test and not _is_of_the_run(trained, splits):
             note = f"{raw.name} has no train and test folders, so all of its {len(raw.train):,} images are test images."
-            return _with_labels_of(trained, raw, raw.train, None, (note,))
-        return _with_labels_of(trained, raw, _required(splits.test, raw, split), splits.train)
+            learned, notes = _learned(trained, splits, size, events)
+            return _with_labels_of(trained, raw, raw.train, learned, (note, *notes))
+        learned, notes = _learned(trained, splits, size, events)
+        return _with_labels_of(trained, raw, _required(splits.test, raw, split), learned, notes)
     splits = make_splits(raw, val_fraction=recipe.val_fraction, limit=recipe.limit, seed=recipe.seed)
     if split == "train":
         return _with_labels_of(trained, raw, splits.train, None)
@@ -85,6 +87,31 @@ def _own_data(trained: Trained, data_dir: Path | None) -> tuple[str, Path | None
 def _is_of_the_run(trained: Trained, splits: DataSplits) -> bool:
     summary = trained.summary() or {}
     return bool(summary.get("data", {}).get("sha256") == splits.sha256)
+
+
+def _learned(
+    trained: Trained, splits: DataSplits, size: int, events: Events
+) -> tuple[ImageSet | None, tuple[str, ...]]:
+    """Return what the model was trained on, to look for repeated images in, and what there is to say about it.
+
+    That is the training split of its own run's data, whatever data it is evaluated on. A checkpoint without a run is
+    taken to be trained on what the data at hand give for training.
+    """
+    if _is_of_the_run(trained, splits) or (trained.summary() is None and splits.test is not None):
+        return splits.train, ()
+    try:
+        own, data_dir = _own_data(trained, None)
+        labels = (trained.recipe or Recipe()).labels
+        raw = read_data(
+            own, data_dir=data_dir, labels=labels, image_size=size, progress=events.progress, download=False
+        )
+        splits_of_run = make_splits(raw, val_fraction=0.0)
+        if _is_of_the_run(trained, splits_of_run):
+            return splits_of_run.train, ()
+        reason = "the data of its run have changed"
+    except (DataError, UsageError) as error:
+        reason = str(error).rstrip(".")
+    return None, (f"Whether the model was trained on some of these images is not known: {reason}.",)
 
 
 def _required(images: ImageSet | None, raw: RawData, split: str) -> ImageSet:

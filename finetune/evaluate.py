@@ -55,6 +55,7 @@ class Evaluation:
         temperature: the model's own.
         reason: where the temperature comes from.
         repeated: bool (N,), True where the training images hold the same pixels; None when that is not known.
+        uneven_training: whether the run that made the model called its classes uneven.
     """
 
     checkpoint: str
@@ -66,6 +67,7 @@ class Evaluation:
     temperature: float
     reason: str
     repeated: torch.Tensor | None
+    uneven_training: bool = False
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -87,7 +89,7 @@ class Evaluation:
             "top5_accuracy": top_5_accuracy(self.logits, labels),
             "loss": loss,
             "mean_recall": mean_recall(matrix),
-            "uneven": is_uneven(counts),
+            "uneven": self.uneven_training or is_uneven(counts),
             "calibration": {
                 "temperature": self.temperature,
                 "reason": self.reason,
@@ -172,6 +174,7 @@ def evaluate(
         temperature=trained.temperature.value,
         reason=trained.temperature.reason,
         repeated=None if chosen.learned is None else repeated_images(chosen.images, chosen.learned),
+        uneven_training=bool((trained.summary() or {}).get("data", {}).get("uneven")),
     )
 
 

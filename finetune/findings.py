@@ -14,6 +14,7 @@ from finetune.duplicates import BITS, MOST_PAIRS, Duplicates, leads_to_test
 from finetune.folder import class_of
 from finetune.images import first_few
 from finetune.originals import Originals
+from finetune.survey import Survey
 
 LEVELS = ("error", "warning", "note")
 UNEVEN = 2  # times as many training images in the largest class as in the smallest
@@ -65,6 +66,9 @@ def _damage(found: Originals) -> Iterable[Finding]:
         )
     if found.survey is None:
         return
+    for split in _empty_splits(found.survey):
+        text = f"The {split} split holds no images in class folders; sort them into folders, or remove it."
+        yield Finding("error", "empty split", text, (split,))
     for kind, folders, words in (
         ("empty class", found.survey.empty, "no image; fill it or remove it"),
         ("unknown class", found.survey.unknown, "no class of the training images; rename or remove it"),
@@ -73,6 +77,11 @@ def _damage(found: Originals) -> Iterable[Finding]:
             place = found.survey.place(folder)
             verb = "holds" if kind == "empty class" else "is"
             yield Finding("error", kind, f"The folder {place} {verb} {words}.", (place,))
+
+
+def _empty_splits(survey: Survey) -> list[str]:
+    """Return the splits that are there without any image in a class folder, which a run refuses."""
+    return [split for number, split in enumerate(survey.splits) if number not in survey.split]
 
 
 def _identical(found: Originals, twice: Duplicates, allow_leaks: bool) -> Iterable[Finding]:
@@ -138,6 +147,8 @@ def _classes(found: Originals) -> Iterable[Finding]:
     counts = found.counts()
     empty = {class_of(folder) for folder in found.survey.empty} if found.survey else set()
     for split, numbers in counts.items():
+        if found.survey is not None and split in _empty_splits(found.survey):
+            continue  # said already
         absent = [name for name, count in zip(found.classes, numbers, strict=True) if not count and name not in empty]
         if absent:
             text = f"The {split} split has no image of {first_few(absent, NAMED)}, of {len(numbers)} classes."

@@ -82,7 +82,8 @@ def _seconds(recipe: Recipe, data: DataSplits, computing: Computing, missing: tu
     eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
     exact_rate = computing.training.exact_rate or train_rate  # the test runs in fp32
     test_image = 1 / (EVALUATION_SPEEDUP * exact_rate) + (1 / test_rate if live else 0.0)
-    test_seconds = counts[2] * test_image + min(TRAIN_SAMPLE, counts[0]) * eval_image
+    # Validation images are looked at once more at the end, for the temperature.
+    test_seconds = counts[2] * test_image + (min(TRAIN_SAMPLE, counts[0]) + counts[1]) * eval_image
     cached = not live and prefix_rate > 0
     test_features = missing[1] / test_rate if cached else 0.0
     return {

@@ -130,10 +130,10 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
         fill=tuple(round(255 * part) for part in prepared.preprocessing.mean),
     )
     computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
+    plan = replace(plan, start_seconds=time.perf_counter() - started)
     if recipe.budget is not None and choices is None:  # what a resumed run has left, its checkpoint knows
         plan.require_time(recipe.budget)
         events.note(_budgeted(plan, recipe.budget))
-    plan = replace(plan, start_seconds=time.perf_counter() - started)
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
 

@@ -81,7 +81,7 @@ class Plan:
         epoch_seconds: expected time of one epoch of training.
         eval_seconds: expected time of all evaluation.
         test_feature_seconds: of feature_seconds, what comes after training: the test images.
-        test_seconds: of eval_seconds, what comes after training: the test, and the accuracy on training images.
+        test_seconds: of eval_seconds, what comes after training: test, accuracy on training images, temperature.
         start_seconds: time that was spent until the plan was known: reading the data, timing steps, compiling.
     """
 
@@ -161,13 +161,13 @@ class Plan:
         """
         if not self.epochs_in_budget:
             raise UsageError(
-                f"--budget {text} leaves no time to train: features, evaluation and test need "
+                f"--budget {text} leaves no time to train: start, features, evaluation and test need "
                 f"{duration(self._around())}; give more time, or fewer images with --limit."
             )
 
     def _around(self) -> float:
         """Return the seconds that a budget needs before training and keeps for the time after it."""
-        return self.feature_seconds - self.test_feature_seconds + self.reserved_seconds
+        return self.start_seconds + self.feature_seconds - self.test_feature_seconds + self.reserved_seconds
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""

@@ -83,7 +83,8 @@ def _list_class(found: Survey, number: int, folder: Path) -> None:
     images = sorted((file for file in files if is_image(file)), key=lambda file: file.relative_to(folder).parts)
     found.strays += sorted(file for file in files if not is_image(file))
     if name not in found.classes:
-        found.unknown.append(folder)
+        if images:
+            found.unknown.append(folder)
         return
     if not images and found.splits[number] == "train":
         found.empty.append(folder)

@@ -19,9 +19,10 @@ from cli.check import DEFAULT_THRESHOLD
 from cli.main import app
 from finetune import check, duplicates
 from finetune.check import check_data
+from finetune.data import load_data
 from finetune.decode import decode_image
 from finetune.duplicates import near_pairs
-from weights.errors import UsageError
+from weights.errors import DataError, UsageError
 
 CLASSES = ("<script>", "ant", "bee", "dog")
 
@@ -193,6 +194,20 @@ def test_the_original_pixels_are_compared(tmp_path: Path) -> None:
     squares = [decode_image(tmp_path / name, 64) for name in ("test/ant/wide.png", "train/ant/01.png")]
     assert np.array_equal(*squares)
     assert check_data(str(tmp_path)).duplicates.leaks == []
+
+
+def test_a_split_without_class_folders_is_refused_as_a_run_does(tmp_path: Path) -> None:
+    """Test images in one heap, as competitions give them; an empty folder among the classes is passed over."""
+    write_sound(tmp_path, classes=("ant", "bee"))
+    (tmp_path / "test" / "notes").mkdir()
+    assert check_data(str(tmp_path)).ok
+    for file in sorted((tmp_path / "test").rglob("*.png")):
+        file.rename(tmp_path / "test" / f"{file.parent.name}-{file.name}")
+    result = check_data(str(tmp_path))
+    assert not result.ok
+    assert [one.kind for one in result.findings if one.level == "error"] == ["empty split"]
+    with pytest.raises(DataError, match="holds no images in class folders"):
+        load_data(str(tmp_path), image_size=32)
 
 
 def test_plain_pictures_do_not_look_alike(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from make_run import tiny_recipe, write_weights
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.compare import Comparison, Explained, compare
+from finetune.compare import Comparison, Explained, compare, equal_time
 from finetune.compare_page import write_page
 from finetune.pipeline import run
 from weights.errors import RunError, UsageError
@@ -43,6 +43,29 @@ def test_what_differs_and_what_it_brought(runs: list[Path]) -> None:
     assert plain["runs"][1]["seconds"]["total"] > 0
     (why,) = result.explained
     assert why.points == pytest.approx(why.fit + why.gap)
+
+
+def test_accuracy_at_equal_time(runs: list[Path]) -> None:
+    result = compare(runs)
+    equal = equal_time(result.runs)
+    assert equal is not None
+    curves = [run.by_time() for run in result.runs]
+    assert equal.seconds == min(seconds[-1] for seconds, _, _ in curves)
+    for (seconds, values, _), reached in zip(curves, equal.accuracies, strict=True):
+        assert (
+            reached
+            == max(((s, v) for s, v in zip(seconds, values, strict=True) if s <= equal.seconds), default=(0, None))[1]
+        )
+    assert result.as_dict()["equal_time"]["accuracies"] == equal.accuracies
+
+
+def test_a_setting_that_came_later_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "older").mkdir()
+    for name in ("metrics.jsonl", "summary.json"):
+        (tmp_path / "older" / name).write_bytes((runs[0] / name).read_bytes())
+    lines = (runs[0] / "recipe.toml").read_text().splitlines()
+    (tmp_path / "older" / "recipe.toml").write_text("\n".join(line for line in lines if "class_weights" not in line))
+    assert compare([runs[0], tmp_path / "older"]).differing == {}
 
 
 def test_other_weights_are_a_difference(runs: list[Path], tmp_path: Path) -> None:

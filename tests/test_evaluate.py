@@ -144,7 +144,8 @@ def test_one_pile_is_all_test_images(place: Place, tmp_path: Path) -> None:
     notes: list[str] = []
     result = of(place, str(tmp_path / "pile"), events=Events(note=notes.append))
     assert sorted(result.images.labels.tolist()) == sorted(some.train_labels[keep].tolist())
-    assert result.repeated is None
+    assert result.repeated is not None
+    assert not result.repeated.any(), "none of these is an image of the run"
     figures = result.as_dict()
     assert [one["images"] for one in figures["classes"]] == [0, 0, 0, 5, 5, 5]
     assert figures["classes"][0]["accuracy"] is None
@@ -152,6 +153,34 @@ def test_one_pile_is_all_test_images(place: Place, tmp_path: Path) -> None:
         "pile has no train and test folders, so all of its 15 images are test images.",
         "class_00, class_01, class_02 are among the model's classes and not in pile.",
     ]
+
+
+def test_images_that_the_run_learned_from_are_known_in_other_data(place: Place, tmp_path: Path) -> None:
+    """What counts is what the model was trained on, not what the other data call train."""
+    pile = tmp_path / "pile"
+    for name in ("class_00", "class_01"):
+        (pile / name).mkdir(parents=True)
+        image = sorted((place.photos / "train" / name).iterdir())[0]
+        (pile / name / "copied.png").write_bytes(image.read_bytes())
+    result = of(place, str(pile))
+    assert result.repeated is not None
+    assert result.repeated.tolist() == [True, True]
+    notes: list[str] = []
+    moved = tmp_path / "moved"
+    shutil.copytree(place.folder, moved)
+    recipe = moved / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(place.photos), str(tmp_path / "gone")))
+    unknown = evaluate(load_trained(moved), str(pile), device="cpu", events=Events(note=notes.append))
+    assert unknown.repeated is None
+    assert any(
+        note.startswith("Whether the model was trained on some of these images is not known: ") for note in notes
+    )
+
+
+def test_an_output_in_no_folder_is_refused_before_any_work(place: Place, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["eval", str(place.folder), "--output", str(tmp_path / "no" / "p.safetensors")])
+    assert done.exit_code == 2
+    assert "lies in a folder that does not exist" in done.stderr
 
 
 def test_a_model_of_coarse_labels_takes_folders_of_its_classes(place: Place) -> None:

@@ -181,23 +181,23 @@ def test_an_uncut_plan_has_no_line_about_a_frozen_part() -> None:
 
 
 def test_what_a_budget_leaves_for_epochs() -> None:
-    """80 s of features come first, 51 s go to each of 8 epochs, and twice 31 s are kept for what comes after."""
+    """12 s of start and 80 s of features come first, each of 8 epochs takes 51 s, twice 31 s are kept for the end."""
     seconds = {"feature_seconds": 100.0, "test_feature_seconds": 20.0, "epoch_seconds": 50.0}
     seconds |= {"eval_seconds": 18.0, "test_seconds": 10.0}
     assert make_plan(**seconds).epochs_in_budget == make_plan(**seconds, budget=10_000).epochs_in_budget == 8
     assert make_plan(**seconds, budget=10_000).sentences()[-1].endswith("8 epochs of 50 s, 8 min 38 s in all")
-    plan = make_plan(**seconds, budget=80 + 62 + 2.5 * 51)
+    plan = make_plan(**seconds, budget=12 + 80 + 62 + 2.5 * 51)
     assert plan.epochs_in_budget == pytest.approx(2.5)
-    plan.require_time("270s")
+    plan.require_time("282s")
     assert plan.sentences()[-1] == (
         "expected: 1 min 40 s for 105,000 feature rows, about 2.5 of 8 epochs of 50 s, ended by --budget after "
-        "4 min 30 s"
+        "4 min 42 s"
     )
     with pytest.raises(UsageError) as error:
-        make_plan(**seconds, budget=142.0).require_time("142s")
+        make_plan(**seconds, budget=154.0).require_time("154s")
     assert str(error.value) == (
-        "--budget 142s leaves no time to train: features, evaluation and test need 2 min 22 s; give more time, or "
-        "fewer images with --limit."
+        "--budget 154s leaves no time to train: start, features, evaluation and test need 2 min 34 s; give more time, "
+        "or fewer images with --limit."
     )
 
 
