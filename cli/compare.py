@@ -53,7 +53,7 @@ def print_comparison(result: Comparison) -> None:
         ["network", *(one["arch"] for one in summaries)],
         ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],
         ["of them trained", *(f"{one['parameters']['trained']:,}" for one in summaries)],
-        ["epochs", *(str(one["epochs"]) for one in summaries)],
+        ["epochs done", *(str(one["epochs"]) for one in summaries)],
         ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
         ["seconds", *(f"{one['seconds']['total']:,.0f}" for one in summaries)],
         ["train accuracy", *(f"{one['train_accuracy']:.2f} %" for one in summaries)],
@@ -62,6 +62,8 @@ def print_comparison(result: Comparison) -> None:
         ["mean recall", *(_percent(uneven_recall(one)) for one in summaries)],
     ]
     rows = [row for row in rows if any(row[1:])]
+    if result.differing:
+        rows.append(["settings that differ:", *("" for _ in result.runs)])
     rows += [[name, *(_text(value) for value in values)] for name, values in result.differing.items()]
     print_table(f"{len(summaries)} runs on {summaries[0]['data']['name']}", columns, rows)
     epochs = max(len(run.rows) for run in result.runs)

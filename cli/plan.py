@@ -53,7 +53,8 @@ def print_plan(plan: Plan) -> None:
 
     train, val, test = plan.counts
     title = f"{plan.arch} at {plan.image_size} × {plan.image_size} pixels"
-    columns = [(", ".join(name or "all" for name in plan.trained_layers) + " trains", "left")]
+    names = [name or "all" for name in plan.trained_layers]
+    columns = [(f"{', '.join(names)} {'trains' if len(names) == 1 else 'train'}", "left")]
     print_table(title, [*columns, ("parameters", "right"), ("multiply-adds per image", "right")], _layer_rows(plan))
     disk = plan.disk
     images = f"{train:,} train, {val:,} validation, {test:,} test images"

@@ -98,6 +98,18 @@ def read_data(
         raise cannot_read(data, error) from error
 
 
+def require_data(data: str, *, labels: str = "fine") -> None:
+    """Refuse a path at which there are no data, before anything else is done for them.
+
+    Raises:
+        UsageError, DataError: as for `load_data`, as far as it shows without reading.
+    """
+    try:
+        find_data(data, labels=labels)
+    except OSError as error:
+        raise cannot_read(data, error) from error
+
+
 def _read(
     data: str, data_dir: Path | None, labels: str, image_size: int, progress: Progress | None, download: bool
 ) -> RawData:

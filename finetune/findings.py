@@ -90,7 +90,9 @@ def _identical(found: Originals, twice: Duplicates, allow_leaks: bool) -> Iterab
         count = len(twice.leaks)
         listed = first_few([f"{found.places[test]} is {found.places[train]}" for test, train in twice.leaks], NAMED)
         advice = (
-            "accepted with --allow-leaks" if allow_leaks else "remove one of each two, or accept with --allow-leaks"
+            "accepted with --allow-leaks"
+            if allow_leaks
+            else "remove one of each two, or let finetune check --allow-leaks pass"
         )
         yield Finding(
             "warning" if allow_leaks else "error",
@@ -165,7 +167,7 @@ def _classes(found: Originals) -> Iterable[Finding]:
     if most > UNEVEN * least:
         text = (
             f"The classes are uneven: {most:,} training images of {large} and {least:,} of {small}, {most / least:.1f} "
-            "times as many; look at each class's accuracy, not at their mean alone."
+            "times as many; look at each class's accuracy, not at that of all images alone."
         )
         yield Finding("warning", "uneven classes", text, (large, small))
 

@@ -19,7 +19,7 @@ import torch
 from finetune.augment import Views, make_views
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
-from finetune.data import load_data
+from finetune.data import DATA_NAMES, load_data, require_data
 from finetune.device import pick_device
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet
@@ -28,7 +28,8 @@ from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.recipe import Recipe, check, resolve_auto
 from finetune.rundir import require_empty
-from weights.errors import StoppedError, UsageError
+from weights.errors import StoppedError, UsageError, WeightsError
+from weights.locate import Found
 
 Stop = Callable[[], bool]
 
@@ -93,6 +94,8 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
     """
     started = time.perf_counter()
     device = pick_device(recipe.device)
+    if recipe.data not in DATA_NAMES:
+        require_data(recipe.data, labels=recipe.labels)  # before weights are looked for, or even downloaded
     found = find_weights(recipe)
     data = load_data(
         recipe.data,
@@ -111,6 +114,8 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
             f"--patience {recipe.patience} needs validation images, and there are none: give --val-fraction 0.1, or "
             "data with a val/ folder, or leave --patience out."
         )
+    if recipe.keep_head:
+        _require_classes(found, data)
     recipe = resolve_auto(recipe, len(data.train))
     prepared = prepare_model(recipe, len(data.classes), found)
     if prepared.account is not None:
@@ -136,6 +141,24 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
         events.note(_budgeted(plan, recipe.budget))
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
+
+
+def _require_classes(found: Found, data: DataSplits) -> None:
+    """Refuse a kept classifier whose outputs would stand for other classes than the data's.
+
+    Raises:
+        WeightsError: the checkpoint states its classes, as many as the data have, and they are others or in another
+            order. Another number of them is refused when the weights are loaded.
+    """
+    there, here = found.label_names, data.classes
+    if len(there) != len(here) or tuple(there) == tuple(here):
+        return
+    number = next(index for index, pair in enumerate(zip(there, here, strict=True)) if pair[0] != pair[1])
+    raise WeightsError(
+        f"The weights ({found.source}) were trained with class {number} = {there[number]} and {data.name} has "
+        f"{here[number]} there; give data of the same classes, or use finetune run without --keep-head, which gives "
+        "them a new head."
+    )
 
 
 def _budgeted(plan: Plan, budget: str) -> str:

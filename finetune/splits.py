@@ -92,6 +92,7 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
     elif test is None:
         notes.append("The data bring no test split: there is no test accuracy.")
 
+    notes += _leaks(train.digests, test_digests)
     val = raw.val
     if val is not None and val_fraction == 0:
         notes.append(f"The data bring a validation split of {_count(val)}: it is used as it is.")
@@ -105,6 +106,16 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
     learned = _learned(train, limit, seed, notes)
     test_sha256 = None if test_digests is None else identity({"test": test_digests})
     return DataSplits(raw.name, learned, val, test, sha256, test_sha256, tuple(notes))
+
+
+def _leaks(learned: Digests, tested: Digests | None) -> list[str]:
+    """Return a sentence on test images that are training images too; what is held out for validation counts as such."""
+    seen = set(learned)
+    count = sum(digest in seen for digest in tested or ())
+    if not count:
+        return []
+    are = "test image is a training image" if count == 1 else "test images are training images"
+    return [f"{count:,} {are} too, pixel for pixel, so the test accuracy is too good; see finetune check."]
 
 
 def check_settings(*, val_fraction: float, limit: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from pathlib import Path
@@ -182,6 +183,13 @@ def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     )
     assert "--blocks is 2,2,2 and the weights (local file model.safetensors) were trained with 1,1,2; leave" in words(
         "multistage", "--blocks", "2,2,2"
+    )
+    swapped = make_images(40, 20)
+    swapped = dataclasses.replace(swapped, classes=(swapped.classes[1], swapped.classes[0], *swapped.classes[2:]))
+    write_cifar10_python(tmp_path / "swapped", made=swapped)
+    assert (
+        "were trained with class 0 = class_00 and cifar10 has class_01 there; give data of the same classes"
+        in words("multistage", "--data", str(tmp_path / "swapped"))
     )
     write_cifar10_python(tmp_path / "three", made=make_images(40, 20, classes=3))
     assert "(local file model.safetensors) were trained for 4 classes and the data have 3; give data with the" in words(

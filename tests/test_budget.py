@@ -226,7 +226,9 @@ def test_a_run_ends_in_time_and_says_where(recipe: Recipe, clock: Clock, tmp_pat
 
 
 def test_a_budget_that_leaves_no_time_to_train(recipe: Recipe, clock: Clock, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--budget 1e-9s leaves no time to train: start, features, evaluation and test"):
+    with pytest.raises(
+        UsageError, match=r"^--budget 1e-9s leaves no time to train: start, features, evaluation and test"
+    ):
         run(dataclasses.replace(recipe, budget="1e-9s"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -168,7 +168,7 @@ def test_uneven_classes_of_one_pile(tmp_path: Path) -> None:
     texts = [one.text for one in check_data(str(tmp_path)).findings]
     assert texts == [
         "The classes are uneven: 42 training images of many and 18 of few, 2.3 times as many; look at each class's "
-        "accuracy, not at their mean alone.",
+        "accuracy, not at that of all images alone.",
         "The data bring no test split: a run holds out a tenth of the images as its test.",
     ]
 
@@ -180,7 +180,7 @@ def test_cifar_files(tmp_path: Path) -> None:
     result = check_data(str(tmp_path))
     assert [finding.text for finding in result.findings if finding.level == "error"] == [
         "1 test image is pixel-identical to a training image: test image 7 is train image 3; remove one of each two, "
-        "or accept with --allow-leaks."
+        "or let finetune check --allow-leaks pass."
     ]
     assert result.originals.counts() == {"train": [15] * 4, "test": [5] * 4}
 

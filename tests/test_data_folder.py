@@ -77,6 +77,7 @@ def test_a_class_missing_from_test_does_not_shift_labels(tmp_path: Path) -> None
     assert splits.test.classes == ("apple", "banana", "cherry")
     assert splits.test.labels.tolist() == [2]
     assert splits.notes == (
+        "1 test image is a training image too, pixel for pixel, so the test accuracy is too good; see finetune check.",
         "The test images are of 1 of 3 classes: there are none of apple, banana, and test figures say nothing about "
         "them.",
     )

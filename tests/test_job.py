@@ -117,7 +117,7 @@ def test_the_command_prints_the_plan(recipe: Recipe, tmp_path: Path, monkeypatch
 
     text = CliRunner().invoke(app, words).stdout
     for figure in (
-        r"layer4, fc trains +parameters +multiply-adds per image",
+        r"layer4, fc train +parameters +multiply-adds per image",
         r"frozen, computed once +104,848 ",
         r"trained, in every step +268,228 ",
         r"in all +373,076 ",

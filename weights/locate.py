@@ -42,12 +42,14 @@ class Found:
         source: a short text for the user, without absolute paths.
         model_args: what `timm.create_model` is to be given beside the class count, as config.json states it; None
             without a config.json.
+        label_names: of the classes it was trained on, in order; () unless a run of this tool states them.
     """
 
     path: Path | None
     arch: Arch
     source: str
     model_args: Mapping[str, Any] | None = None
+    label_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class _Candidate:
     exact: bool
     label: str
     model_args: Mapping[str, Any] | None = None
+    label_names: tuple[str, ...] = ()
 
 
 def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *, download: bool = True) -> Found:
@@ -82,7 +85,7 @@ def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *
             raise WeightsError(f"{option} names {folder}, which is not a folder; give one that is.")
         best = _best_in(folder, arch)
         if best:
-            return Found(best.path, best.arch, f"local file {best.label}", best.model_args)
+            return Found(best.path, best.arch, f"local file {best.label}", best.model_args, best.label_names)
         passed_over = _other_tags(folder, arch)
         searched.append(f"{option} {folder}" + (f" (it holds {passed_over})" if passed_over else ""))
     cached = _in_caches(arch)
@@ -110,11 +113,11 @@ def _given(arch: Arch, path: Path) -> Found:
                 f"Found no weights for {arch.full_name} in {path}: looked for {arch.name}.*, {arch.name}-*.* "
                 f"({', '.join(SUFFIXES)}) or config.json with model.safetensors; it holds {there}."
             )
-        return Found(best.path, best.arch, f"local file {best.label}", best.model_args)
+        return Found(best.path, best.arch, f"local file {best.label}", best.model_args, best.label_names)
     if not path.is_file():
         raise WeightsError(f"--weights names {path}, which does not exist; expected auto, none, a file or a folder.")
     if path.name in HUB_FILES and (snapshot := _snapshot(path.parent, arch, given=True)):
-        return Found(path, snapshot.arch, f"local file {path.name}", snapshot.model_args)
+        return Found(path, snapshot.arch, f"local file {path.name}", snapshot.model_args, snapshot.label_names)
     tag = _tag_of(_stem(path.name), arch)
     if tag is None:
         return Found(path, arch, f"local file {path.name}")
@@ -181,13 +184,15 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
             way = full if tag in known_tags(name) else name
             raise WeightsError(f"{folder} holds weights of {full}, not of {arch.full_name}: give --arch {way} instead.")
         return None
-    model_args = config.get("model_args")
+    # Of runs of this tool alone: others name ImageNet's classes in their own ways.
+    model_args, names = config.get("model_args"), config.get("label_names") if "finetune" in config else None
     return _Candidate(
         weights,
         _with_config(arch, tag, own, config),
         exact=bool(tag) and tag == arch.tag,
         label=weights.name,
         model_args=model_args if isinstance(model_args, dict) else {},
+        label_names=tuple(map(str, names)) if isinstance(names, list) else (),
     )
 
 
