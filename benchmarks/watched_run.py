@@ -79,7 +79,7 @@ def cost_in_whole_job(windows: dict[str, Any] | None) -> float:
 @contextmanager
 def watched() -> Iterator[dict[str, list[tuple[int, float]]]]:
     """Watch the phases of a run that its summary does not tell apart: phase → (images, seconds) of each call."""
-    from finetune import outcome
+    from finetune import forecast, outcome
     from finetune.rundir import RunDirectory
     from finetune.sources import FeatureBuilder
 
@@ -102,7 +102,7 @@ def watched() -> Iterator[dict[str, list[tuple[int, float]]]]:
 
     with ExitStack() as stack:
         stack.enter_context(watch(FeatureBuilder, "features", features))
-        sampled = outcome.TRAIN_SAMPLE
+        sampled = forecast.TRAIN_SAMPLE
         stack.enter_context(
             watch(outcome, "train_figures", lambda _, split, *rest: ("sample", min(sampled, len(split.labels))))
         )

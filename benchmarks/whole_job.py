@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 TRAIN, EVALUATED, EPOCHS, VIEWS = 50_000, 10_000, 15, 2
 TEST = 10_000
-SAMPLE = 10_000  # training images that a finished run predicts for its train_accuracy (finetune.outcome.TRAIN_SAMPLE)
+SAMPLE = 10_000  # training images that a finished run predicts for its train_accuracy (finetune.forecast.TRAIN_SAMPLE)
 
 WORK = {"prefix": TRAIN * VIEWS + EVALUATED + TEST, "training": EPOCHS * TRAIN}
 """Images of work for each part, from which `--compile auto` decides."""

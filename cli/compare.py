@@ -45,7 +45,7 @@ def compare_command(
 
 def print_comparison(result: Comparison) -> None:
     """Print what the runs came to, and the settings that differ."""
-    from finetune.compare import uneven_recall
+    from finetune.metrics import uneven_recall
 
     columns = [("", "left"), *((run.name, "right") for run in result.runs)]
     summaries = [run.summary for run in result.runs]

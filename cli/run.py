@@ -109,9 +109,10 @@ def stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
 
 def result_lines(summary: dict[str, Any]) -> list[str]:
     """Return a summary in a few lines for people; of uneven classes the mean recall goes first."""
+    from finetune.metrics import uneven_recall
+
     seconds = summary["seconds"]
-    test = summary["test_accuracy"]
-    recall = summary.get("test_mean_recall") if summary["data"].get("uneven") else None
+    test, recall = summary["test_accuracy"], uneven_recall(summary)
     first = (
         [] if recall is None else [f"mean recall     {recall:.2f} %  (every class counts the same; they are uneven)"]
     )

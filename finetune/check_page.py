@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.check import Check
-from finetune.page import html_page
+from finetune.page import bar, head, html_page, html_table, number, row_head, scrolling
 from weights.save import write_atomically
 
 SIDE = 96  # pixels of an example picture, at most
@@ -127,13 +127,18 @@ def _classes(result: Check) -> str:
     counts, names = result.originals.counts(), result.originals.classes
     order = sorted(range(len(names)), key=lambda label: (counts["train"][label], names[label]))
     most = max(1, *counts["train"])
-    heads = "".join(f'<th scope="col" class="number">{split}</th>' for split in counts)
-    rows = ""
-    for label in order:
-        cells = "".join(f'<td class="number">{numbers[label]:,}</td>' for numbers in counts.values())
-        bar = f'<td class="bar"><div style="width: {100 * counts["train"][label] / most:.1f}%"></div></td>'
-        rows += f'<tr><th scope="row">{escape(names[label])}</th>{cells}{bar}</tr>\n'
-    return f'<h2>Classes</h2>\n<div class="wide"><table>\n<tr><td></td>{heads}<td></td></tr>\n{rows}</table></div>'
+    others = [split for split in counts if split != "train"]
+    heads = [head(""), head("train", number=True), head(""), *(head(split, number=True) for split in others)]
+    rows = [
+        [
+            row_head(escape(names[label])),
+            number(f"{counts['train'][label]:,}"),
+            bar(100 * counts["train"][label] / most),
+            *(number(f"{counts[split][label]:,}") for split in others),
+        ]
+        for label in order
+    ]
+    return f"<h2>Classes</h2>\n{scrolling('Images of each class', html_table('', heads, rows))}"
 
 
 def _listed(result: Check) -> str:

@@ -202,12 +202,6 @@ def compare(paths: Sequence[Path]) -> Comparison:
     return Comparison(tuple(runs), differing, tuple(_explain(runs)))
 
 
-def uneven_recall(summary: dict[str, Any]) -> float | None:
-    """Return a run's mean recall where its classes are uneven, so that it says more than the accuracy; else None."""
-    value = summary.get("test_mean_recall") if summary["data"].get("uneven") else None
-    return None if value is None else float(value)
-
-
 def _explain(runs: Sequence[RunResult]) -> list[Explained]:
     """Explain the best run's lead over each of the others."""
     tested = [(run.accuracy, run) for run in runs if run.accuracy is not None]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chart import LINES, overlay
-from finetune.compare import Comparison, RunResult, equal_time, uneven_recall
+from finetune.compare import Comparison, RunResult, equal_time
+from finetune.metrics import uneven_recall
 from finetune.page import contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
 from weights.save import write_atomically

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from finetune.duplicates import BITS, MOST_PAIRS, Duplicates, leads_to_test
 from finetune.folder import class_of
 from finetune.images import first_few
+from finetune.metrics import is_uneven
 from finetune.originals import Originals
 from finetune.survey import Survey
 
 LEVELS = ("error", "warning", "note")
-UNEVEN = 2  # times as many training images in the largest class as in the smallest
 FEW = 10  # training images below which a class is named: a tenth held out is none
 NAMED = 3  # places that a sentence names; all are in the JSON
 
@@ -164,7 +164,7 @@ def _classes(found: Originals) -> Iterable[Finding]:
         text = f"{_classes_are(len(few))} fewer than {FEW} training images: {listed}."
         yield Finding("warning", "small class", text, tuple(name for _, name in few))
     (least, small), (most, large) = min(learned), max(learned)
-    if most > UNEVEN * least:
+    if is_uneven(counts["train"]):
         text = (
             f"The classes are uneven: {most:,} training images of {large} and {least:,} of {small}, {most / least:.1f} "
             "times as many; look at each class's accuracy, not at that of all images alone."

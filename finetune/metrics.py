@@ -7,8 +7,9 @@ Every figure of a run, of `finetune eval` and of a report comes from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,6 +66,16 @@ def is_uneven(counts: Sequence[int]) -> bool:
     """Tell whether the largest class has more than twice as many images as the smallest; empty classes are left out."""
     there = [count for count in counts if count]
     return bool(there) and max(there) > UNEVEN * min(there)
+
+
+def uneven_recall(summary: Mapping[str, Any]) -> float | None:
+    """Return a run's mean recall where its classes are uneven, so that it says more than the accuracy; else None.
+
+    Args:
+        summary: as in summary.json; one of an older version has no such figure.
+    """
+    value = summary.get("test_mean_recall") if summary["data"].get("uneven") else None
+    return None if value is None else float(value)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from finetune.compute import Computing
 from finetune.fit import Source, Split, evaluation_batch, predict, score
+from finetune.forecast import TRAIN_SAMPLE
 from finetune.images import DataSplits
 from finetune.metrics import calibrate, confusion_matrix, is_uneven, mean_recall, top_5_accuracy
 from finetune.models import Prepared
@@ -20,8 +21,6 @@ from finetune.recipe import PLACES, Recipe, to_table
 from finetune.rundir import CONFIG, MODEL
 from finetune.temperature import NOT_FITTED, Temperature, fit_temperature
 from weights.save import save_checkpoint, write_config
-
-TRAIN_SAMPLE = 10_000  # train images for train_accuracy: its standard error is below half a percent
 
 
 def train_figures(

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.chart import line_chart, reliability_chart
 from finetune.examples import choose_examples
-from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix
+from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix, uneven_recall
 from finetune.page import bar, contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration, size
 from finetune.predictions import Predictions, read_predictions
@@ -105,7 +105,7 @@ def _title(summary: dict[str, Any]) -> str:
 
 def _head(summary: dict[str, Any]) -> str:
     """The result, and how to get it again; of uneven classes the mean recall is the result."""
-    data, test, recall = summary["data"], summary["test_accuracy"], summary.get("test_mean_recall")
+    data, test, recall = summary["data"], summary["test_accuracy"], uneven_recall(summary)
     if test is not None:
         result = f"{test:.2f} %"
         told = f"test accuracy on {data['test']:,} images, read once at the end; loss {summary['test_loss']:.3f}"
@@ -115,7 +115,7 @@ def _head(summary: dict[str, Any]) -> str:
     else:
         result = f"{summary['train_accuracy']:.2f} %"
         told = "training accuracy; the data bring neither a test nor a validation split, so this says little"
-    if data.get("uneven") and recall is not None:
+    if recall is not None:
         result = f"{recall:.2f} %"
         told = (
             f"mean per-class recall on {data['test']:,} test images, read once at the end: every class counts the "

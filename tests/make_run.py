@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from make_data import make_images, write_cifar100_python
 from torch import Tensor
 
 from finetune.recipe import Recipe
@@ -68,6 +69,13 @@ def tiny_recipe(data: Path, weights: Path, cache: Path, arch: str = "test_resnet
         cache_dir=cache,
     )
     return dataclasses.replace(recipe, **settings)
+
+
+def cifar_recipe(root: Path, **settings: Any) -> Recipe:
+    """Write 64 training and 20 test images and weights into `root`; return a tiny recipe on them."""
+    write_cifar100_python(root / "cifar", made=make_images(64, 20))
+    weights = write_weights(root / "test_resnet.safetensors")
+    return tiny_recipe(root / "cifar", weights, root / "cache", **settings)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_data import make_images, write_cifar100_python
-from make_run import metrics, model_bytes, tiny_recipe, write_weights
+from make_run import cifar_recipe, metrics, model_bytes
 
 from finetune import compute, memory, outcome
 from finetune.events import Events
@@ -28,9 +27,7 @@ from weights.errors import FinetuneError, RunError, StoppedError, TrainingError,
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     root = tmp_path_factory.mktemp("bad")
-    write_cifar100_python(root / "cifar", made=make_images(64, 20))
-    weights = write_weights(root / "test_resnet.safetensors")
-    return tiny_recipe(root / "cifar", weights, root / "cache", epochs=3)
+    return cifar_recipe(root, epochs=3)
 
 
 @pytest.fixture(scope="module")

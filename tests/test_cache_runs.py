@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_data import make_images, write_cifar100_python
 from make_features import TWO_TENSORS, Counted, builder, expected, image_set, same, values
-from make_run import metrics, model_bytes, tiny_recipe, write_weights
+from make_run import cifar_recipe, metrics, model_bytes
 
 from finetune.cache import list_entries
 from finetune.pipeline import run
@@ -20,9 +19,7 @@ from finetune.recipe import Recipe
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     root = tmp_path_factory.mktemp("runs")
-    write_cifar100_python(root / "cifar", made=make_images(64, 20))
-    weights = write_weights(root / "test_resnet.safetensors")
-    return tiny_recipe(root / "cifar", weights, root / "cache")
+    return cifar_recipe(root)
 
 
 def test_features_of_three_times_the_memory_budget_give_the_same_losses(recipe: Recipe, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from make_data import make_images, write_cifar100_python
-from make_run import metrics, model_bytes, tiny_recipe, write_weights
+from make_run import cifar_recipe, metrics, model_bytes, write_weights
 
 from finetune.events import Events
 from finetune.pipeline import resume, run
@@ -34,9 +34,7 @@ ROOT = Path(__file__).parents[1]
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Three epochs of many small batches."""
     root = tmp_path_factory.mktemp("resume")
-    write_cifar100_python(root / "cifar", made=make_images(64, 20))
-    weights = write_weights(root / "test_resnet.safetensors")
-    return tiny_recipe(root / "cifar", weights, root / "cache", epochs=3, batch_size=4)
+    return cifar_recipe(root, epochs=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from make_data import make_images, write_cifar100_python
 from make_process import finish, start
-from make_run import metrics, model_bytes, tiny_recipe, write_weights
+from make_run import cifar_recipe, metrics, model_bytes
 from typer.testing import CliRunner
 
 import cli.run
@@ -26,9 +25,7 @@ from weights.errors import StoppedError
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     root = tmp_path_factory.mktemp("signals")
-    write_cifar100_python(root / "cifar", made=make_images(64, 20))
-    weights = write_weights(root / "test_resnet.safetensors")
-    return tiny_recipe(root / "cifar", weights, root / "cache")
+    return cifar_recipe(root)
 
 
 def hold_second_epoch() -> None:
