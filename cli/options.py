@@ -18,7 +18,9 @@ PANELS = {
         "arch", "train_layers", "weights", "weights_dir", "allow_missing", "keep_head", "image_size",
     ),
     "Network": ("blocks", "shortcut", "hidden", "dropout"),
-    "Data": ("data", "data_dir", "labels", "augment", "cutout", "views", "windows", "val_fraction", "limit"),
+    "Data": (
+        "data", "data_dir", "labels", "augment", "cutout", "views", "windows", "skip_easy", "val_fraction", "limit",
+    ),
     "Training": (
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
         "label_smoothing", "class_weights", "ema", "budget", "patience", "seed",

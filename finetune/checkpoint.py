@@ -15,7 +15,7 @@ from finetune.models import Prepared
 from finetune.recipe import AUTO, PLACES, Recipe, flag, to_table
 from weights.errors import RunError
 
-FORMAT = 2  # counts up whenever a checkpoint of before would go on to another result
+FORMAT = 3  # counts up whenever a checkpoint of before would go on to another result
 
 
 def pack(

@@ -25,6 +25,7 @@ from finetune.plan import MEMORY_SHARE, Placement, Plan, place
 from finetune.precision import DTYPES, Choice, choose, compile_module, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
+from finetune.skipping import Skipping
 from finetune.sources import FeatureBuilder
 from finetune.windows import Windows, choose_windows
 from weights.errors import UsageError
@@ -227,7 +228,7 @@ def _choose_training(
             inputs.append(tuple(value[rows.to(device)] for value in values))
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         forward = compile_module(suffix) if compiled else None
-        plain = replace(recipe, ema=0.0, lr=1e-6)
+        plain = replace(recipe, ema=0.0, lr=1e-6, skip_easy=0.0)
         trainer = Trainer(suffix, prepared.fresh, plain, 10**9, dtype, device, forward)
         labels = train.labels[rows].to(device)
         suffix.train()
@@ -238,7 +239,7 @@ def _choose_training(
         return step
 
     state = torch.get_rng_state()
-    work = (recipe.epochs or 1) * len(train)
+    work = (recipe.epochs or 1) * len(train) * Skipping(len(train), recipe.epochs or 1, recipe.skip_easy).cost
     sizes = len(set(windows.sides)) if windows else 1  # each is compiled by itself
     choice = pick("training", build, batch, round(work * (windows.cost if windows else 1.0)), sizes)
     torch.set_rng_state(state)

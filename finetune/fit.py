@@ -26,6 +26,7 @@ from finetune.budget import Budget, PacedSchedule
 from finetune.optim import make_optimizer, make_schedule
 from finetune.order import epoch_batches, epoch_seed
 from finetune.recipe import Recipe
+from finetune.skipping import Skipping
 from finetune.windows import Windows
 from weights.errors import TrainingError
 
@@ -66,6 +67,7 @@ class Progress:
         prefix_seconds: time for features in processes that were stopped.
         total_seconds: time of the processes that were stopped, up to their last checkpoint.
         unseen: images that the last epoch did not come to, because the time of a budget was over.
+        images_seen: images trained on in all epochs.
         estimate: what the plan expected when the run began, as in the summary.
     """
 
@@ -78,6 +80,7 @@ class Progress:
     prefix_seconds: float = 0.0
     total_seconds: float = 0.0
     unseen: int = 0
+    images_seen: int = 0
     estimate: dict[str, Any] | None = None
 
 
@@ -116,30 +119,36 @@ class Trainer:
         self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
         self.epochs, self.images, self.windows, self.budget = recipe.epochs, images, windows, budget
         self.class_weights = None if class_weights is None else class_weights.to(device)
-        self.batches = -(-images // recipe.batch_size)
+        self.skipping = Skipping(images, self.epochs, recipe.skip_easy)
+        self.batches = [-(-self.skipping.kept(epoch) // recipe.batch_size) for epoch in range(self.epochs)]
+        self.losses = torch.zeros(images if recipe.skip_easy else 0, device=device)
         self.optimizer = make_optimizer(suffix, fresh, recipe)
         self.schedule: LRScheduler | PacedSchedule = (
-            PacedSchedule(self.optimizer, recipe, self.epochs * self.batches, budget)
+            PacedSchedule(self.optimizer, recipe, sum(self.batches), budget)
             if budget
-            else make_schedule(self.optimizer, recipe, self.epochs * self.batches)
+            else make_schedule(self.optimizer, recipe, sum(self.batches))
         )
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(suffix, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
 
-    def step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one optimiser step.
 
         Args:
             inputs: the suffix's inputs, B rows each.
             labels: int64 (B,) on the device.
+            weights: float32 (B,) on the device, what each image's loss is multiplied with; 1 when None.
 
         Returns:
-            The mean loss and the number of correct predictions, both scalars on the device.
+            Each image's loss before `weights`, float32 (B,), and whether it was right, bool (B,); on the device.
         """
         with autocast(self.device, self.dtype):
             logits = self.forward(*cast(inputs, self.dtype))
-            loss = self._loss(logits.float(), labels)
+            losses = self._losses(logits.float(), labels)
+        loss = (losses if weights is None else losses * weights).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -149,19 +158,16 @@ class Trainer:
             for kept, now in zip(self.average.module.buffers(), self.suffix.buffers(), strict=True):
                 if not kept.is_floating_point():
                     kept.copy_(now)  # a count of batches has no average
-        return loss.detach(), (logits.argmax(1) == labels).sum()
+        return losses.detach(), logits.argmax(1) == labels
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of a batch.
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each image (B,), with its class's weight.
 
-        Weighted losses are divided by the number of images, not by their weights' sum as PyTorch's own weighting does:
-        an image then counts the same in whatever batch it comes.
+        Their mean divides by the number of images, not by the weights' sum as PyTorch's own weighting does: an image
+        then counts the same in whatever batch it comes.
         """
-        smoothing = self.recipe.label_smoothing
-        if self.class_weights is None:
-            return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-        losses = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-        return (losses * self.class_weights[labels]).mean()
+        losses = functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="none")
+        return losses if self.class_weights is None else losses * self.class_weights[labels]
 
     @property
     def evaluated(self) -> nn.Module:
@@ -185,8 +191,8 @@ class Trainer:
             stop: asked before each step; True abandons the epoch.
 
         Returns:
-            train_loss, train_accuracy (both running means over the epoch), lr (the last step's, of the first group),
-            images (how many were seen); None when stopped.
+            train_loss, train_accuracy (running means; images count as in training), lr (the last step's), images (how
+            many were seen); None when stopped.
 
         Raises:
             TrainingError: the loss is no longer finite.
@@ -196,10 +202,14 @@ class Trainer:
         # Apple GPUs have no float64.
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         losses = torch.zeros((), device=self.device, dtype=exact)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        correct = torch.zeros((), device=self.device, dtype=exact)
+        counted = torch.zeros((), device=self.device, dtype=exact)  # images, as often as their losses count
+        kept, weights = self.skipping.choose(self.losses, epoch, self.recipe.seed)
+        batches = self.batches[epoch]
         corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
         lr, seen = 0.0, 0
-        for done, (rows, views) in enumerate(epoch_batches(self.images, self.batches, split.views, epoch, self.recipe)):
+        planned = epoch_batches(self.images, batches, split.views, epoch, self.recipe, kept)
+        for done, (rows, views) in enumerate(planned):
             if stop():
                 return None
             lr = self.optimizer.param_groups[0]["lr"]
@@ -207,19 +217,25 @@ class Trainer:
             inputs = split.source.take(rows, views)
             if self.windows is not None and corners is not None:
                 inputs = self.windows.cut(inputs, epoch, corners[rows])
-            loss, right = self.step(inputs, labels)
-            losses += loss.to(exact) * len(rows)
-            correct += right
+            counts = weights[rows].to(self.device, non_blocking=True)
+            loss, right = self.step(inputs, labels, None if kept is None else counts)
+            if self.recipe.skip_easy:
+                self.losses[rows.to(self.device, non_blocking=True)] = loss
+            losses += (loss * counts).to(exact).sum()
+            correct += (right * counts).to(exact).sum()
+            counted += counts.to(exact).sum()
             seen += len(rows)
-            last = done + 1 == self.batches or self.over
+            last = done + 1 == batches or self.over
             if self.device.type == "cpu" or done % 50 == 0 or last:
-                require_finite(loss, epoch * self.batches + done, lr)  # reading the loss waits for a GPU: not each step
-            report(done + 1, self.batches)
+                require_finite(
+                    losses, sum(self.batches[:epoch]) + done, lr
+                )  # reading the loss waits for a GPU: not each step
+            report(done + 1, batches)
             if last:
                 break
         return {
-            "train_loss": float(losses) / seen,
-            "train_accuracy": 100 * int(correct) / seen,
+            "train_loss": float(losses / counted),
+            "train_accuracy": 100 * float(correct / counted),
             "lr": lr,
             "images": seen,
         }
@@ -231,6 +247,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if not callable(v)},
             "average": None if self.average is None else dict(self.average.state_dict()),
+            "losses": self.losses,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -240,6 +257,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.losses.copy_(state["losses"])
 
 
 def require_finite(loss: torch.Tensor, step: int, lr: float) -> None:
@@ -361,7 +379,8 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
             val_loss, val_accuracy = score(logits, val.labels)
         eval_seconds = time.perf_counter() - start
         progress.epoch += 1
-        progress.unseen = trainer.images - int(metrics["images"])
+        progress.unseen = trainer.skipping.kept(epoch) - int(metrics["images"])
+        progress.images_seen += int(metrics["images"])
         progress.seconds += seconds
         progress.eval_seconds += eval_seconds
         row = {

@@ -15,6 +15,7 @@ from finetune.memory import optimizer_states
 from finetune.models import Prepared
 from finetune.plan import Disk, Plan, free_disk
 from finetune.recipe import Recipe, parse_seconds
+from finetune.skipping import Skipping
 
 if TYPE_CHECKING:
     from finetune.compute import Computing
@@ -61,6 +62,7 @@ def make_plan(
         training=computing.training,
         placement=computing.placement,
         window_share=computing.windows.cost if computing.windows else 1.0,
+        seen_share=_seen_share(recipe, len(data.train)),
         feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
         disk=_disk(recipe, data, prepared, cut, computing, held, cache_dir),
         epochs=recipe.epochs or 1,
@@ -88,11 +90,16 @@ def _seconds(recipe: Recipe, data: DataSplits, computing: Computing, missing: tu
     test_features = missing[1] / test_rate if cached else 0.0
     return {
         "feature_seconds": missing[0] / prefix_rate + test_features if cached else 0.0,
-        "epoch_seconds": counts[0] * per_image,
+        "epoch_seconds": counts[0] * _seen_share(recipe, counts[0]) * per_image,
         "eval_seconds": (recipe.epochs or 1) * counts[1] * eval_image + test_seconds,
         "test_feature_seconds": test_features,
         "test_seconds": test_seconds,
     }
+
+
+def _seen_share(recipe: Recipe, images: int) -> float:
+    """Return the mean share of the training images that an epoch sees."""
+    return Skipping(images, recipe.epochs or 1, recipe.skip_easy).cost
 
 
 def _parameters(prepared: Prepared, cut: Cut) -> tuple[int, int, int]:

@@ -16,13 +16,13 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def epoch_batches(
-    images: int, batches: int, views: int, epoch: int, recipe: Recipe
+    images: int, batches: int, views: int, epoch: int, recipe: Recipe, kept: torch.Tensor | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield one epoch's batches as (rows, views), int64 (B,) each.
 
-    The epoch visits every image once, in an order drawn from the epoch's seed. Batches differ in size by at most one,
-    so none is so small that its batch-norm statistics mean nothing. With one view per epoch each epoch has its own;
-    altflip takes its two in turn; otherwise each image's view is drawn.
+    The epoch visits every image once, or those that are kept, in an order drawn from the epoch's seed. Batches differ
+    in size by at most one, so none is so small that its batch-norm statistics mean nothing. With one view per epoch
+    each epoch has its own; altflip takes its two in turn; otherwise each image's view is drawn.
 
     Args:
         images: N.
@@ -30,6 +30,7 @@ def epoch_batches(
         views: views per image.
         epoch: number of the epoch, from 0.
         recipe: seed, augment and epochs are read.
+        kept: bool (N,), True for the images that the epoch visits; all of them when None.
     """
     generator = torch.Generator().manual_seed(epoch_seed(recipe.seed, epoch))
     order = torch.randperm(images, generator=generator)
@@ -38,4 +39,7 @@ def epoch_batches(
         drawn = torch.full_like(drawn, epoch)
     elif recipe.augment == "altflip":
         drawn = alternating_views(images, epoch, recipe.seed)[order]
+    if kept is not None:
+        visited = kept[order]
+        order, drawn = order[visited], drawn[visited]
     yield from zip(order.tensor_split(batches), drawn.tensor_split(batches), strict=True)

@@ -101,7 +101,7 @@ def summarise(
         "calibration": _calibration_facts(temperature, figures),
         "epochs": progress["epoch"],
         "kept_epoch": kept,
-        "images_seen": progress["epoch"] * len(data.train) - progress["unseen"],
+        "images_seen": progress["images_seen"],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "estimate": progress["estimate"],
         "parameters": {

@@ -72,6 +72,7 @@ class Plan:
         training: choice for what trains.
         placement: where features will be.
         window_share: share of each feature map that a training step sees, 0 to 1; the whole is 1.
+        seen_share: mean share of the training images that an epoch sees, 0 to 1; all of them is 1.
         feature_views: image views whose features are still to be computed.
         disk: what the run takes on disk.
         epochs: how many.
@@ -98,6 +99,7 @@ class Plan:
     training: Choice
     placement: Placement
     window_share: float
+    seen_share: float
     feature_views: int
     disk: Disk
     epochs: int
@@ -222,6 +224,8 @@ class Plan:
         lines.append(f"features: {self.placement.reason}")
         if self.window_share < 1:
             lines.append(f"trains on random windows of the feature maps, {100 * self.window_share:.0f} % of their area")
+        if self.seen_share < 1:
+            lines.append(f"leaves easy images out: an epoch trains on {100 * self.seen_share:.0f} % of them on average")
         rows = f"{duration(self.feature_seconds)} for {self.feature_views:,} feature rows, "
         if not self.feature_views:
             rows = "no features to compute, " if self.placement.where in ("ram", "disk") else ""

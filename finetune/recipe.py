@@ -89,6 +89,10 @@ class Recipe:
         "Train on random windows of the feature maps: an epoch takes about 70 % of the time.",
         choices=("on", "off"),
     )
+    skip_easy: float = _setting(
+        0.0,
+        "Share of the easier images that an epoch leaves out, others each time, such as 0.5 (InfoBatch); 0 is off.",
+    )
     val_fraction: float = _setting(
         0.1, "Share of train held out for validation when the data bring none; 0 trains on all."
     )
@@ -146,6 +150,7 @@ def check(recipe: Recipe) -> None:
     below_one = {
         "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
         "warmup": recipe.warmup, "val_fraction": recipe.val_fraction, "dropout": recipe.dropout or 0.0,
+        "skip_easy": recipe.skip_easy,
     }  # fmt: skip
     for name, number in below_one.items():
         if not 0 <= number < 1:

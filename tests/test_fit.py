@@ -126,10 +126,12 @@ def test_an_epochs_figures_are_means_over_its_images() -> None:
     seen: list[tuple[float, int]] = []
     step = trainer.step
 
-    def recording(inputs: tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, right = step(inputs, labels)
-        seen.append((float(loss), int(right)))
-        return loss, right
+    def recording(
+        inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, right = step(inputs, labels, weights)
+        seen.append((float(losses.mean()), int(right.sum())))
+        return losses, right
 
     trainer.step = recording  # type: ignore[method-assign]
     rates: list[float] = []
@@ -141,7 +143,35 @@ def test_an_epochs_figures_are_means_over_its_images() -> None:
         sum(loss * size for (loss, _), size in zip(seen, sizes, strict=True)) / 30
     )
     assert metrics["train_accuracy"] == pytest.approx(100 * sum(right for _, right in seen) / 30)
+    assert metrics["images"] == 30
     assert metrics["lr"] == rates[-2]  # the rate of the last step, which the schedule has moved on from since
+
+
+def test_an_epoch_that_skips_easy_images_counts_them_by_the_others() -> None:
+    """The figures of a skipping epoch are estimates for all images: those kept of the easy ones count twice."""
+    trainer, split = make_trainer(replace(SMALL, skip_easy=0.5)), make_split()
+    easy = torch.arange(30) < 18
+    trainer.losses[~easy] = 5.0
+    given: list[torch.Tensor] = []
+    step = trainer.step
+
+    def recording(
+        inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert weights is not None
+        given.append(weights)
+        _, right = step(inputs, labels, weights)
+        return torch.where(weights == 2, torch.tensor(1.0), torch.tensor(3.0)), right
+
+    trainer.step = recording  # type: ignore[method-assign]
+    metrics = trainer.train_epoch(split, 1, lambda done, of: None, lambda: False)
+    assert metrics is not None
+    assert len(given) == trainer.batches[1] == 3  # 21 images of 30
+    assert sorted(torch.cat(given).tolist()) == [1.0] * 12 + [2.0] * 9
+    assert metrics["images"] == 21
+    assert metrics["train_loss"] == pytest.approx((18 * 1 + 12 * 3) / 30)
+    assert (trainer.losses == 1).sum() == 9  # what was seen; the others keep what they had
+    assert (trainer.losses == 3).sum() == 12
 
 
 def test_a_run_tells_saves_first_and_learns() -> None:
@@ -211,9 +241,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step() -> None:
     first_bad, bad = 0, 0.0
     for number, (rows, views) in enumerate(epoch_batches(30, 4, 2, 0, recipe), start=1):
         twin.suffix.train()
-        loss, _ = twin.step(split.source.take(rows, views), split.labels[rows])
-        if not math.isfinite(float(loss)):
-            first_bad, bad = number, float(loss)
+        losses, _ = twin.step(split.source.take(rows, views), split.labels[rows])
+        if not math.isfinite(float(losses.sum())):
+            first_bad, bad = number, float(losses.sum())
             break
     assert first_bad > 1
     heard: list[Any] = []
@@ -263,6 +293,7 @@ def test_without_an_average_the_suffix_itself_counts() -> None:
         {"optimizer": "sgd", "schedule": "cosine", "warmup": 0.4},
         {"optimizer": "adam", "schedule": "cosine", "warmup": 0.0},
         {"optimizer": "adamw", "schedule": "constant", "ema": 0.9},
+        {"optimizer": "sgd", "skip_easy": 0.5},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
@@ -369,10 +400,10 @@ def test_weighted_classes_count_by_their_weight(smoothing: float) -> None:
     trainer = Trainer(nn.Linear(6, 4), frozenset(), recipe, 30, torch.float32, CPU, class_weights=weights)
     twice = torch.tensor([0, 0, 1, 2, 3, 4, 4])
     expected = functional.cross_entropy(logits[twice], labels[twice], label_smoothing=smoothing, reduction="sum") / 5
-    torch.testing.assert_close(trainer._loss(logits, labels), expected)
+    torch.testing.assert_close(trainer._losses(logits, labels).mean(), expected)
     trainer.class_weights = None
     plain = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-    torch.testing.assert_close(trainer._loss(logits, labels), plain, rtol=0, atol=0)
+    torch.testing.assert_close(trainer._losses(logits, labels).mean(), plain)
 
 
 def test_a_recipe_that_is_not_resolved_is_a_mistake_of_the_caller() -> None:

@@ -125,10 +125,12 @@ def recorded(trainer: Trainer, split: Split, epochs: int) -> list[float]:
     losses: list[float] = []
     step = trainer.step
 
-    def recording(inputs: tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, right = step(inputs, labels)
-        losses.append(float(loss))
-        return loss, right
+    def recording(
+        inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        each, right = step(inputs, labels, weights)
+        losses.append(float(each.mean()))
+        return each, right
 
     trainer.step = recording  # type: ignore[method-assign]
     for epoch in range(epochs):

@@ -146,6 +146,7 @@ def make_plan(**changes: Any) -> Plan:
         "training": Choice("fp32", False, 1000.0, 0.0, "fp32 1000 img/s"),
         "placement": Placement("ram", True, 11 * GB, "11.0 GB in memory, kept on disk for the next run"),
         "window_share": 1.0,
+        "seen_share": 1.0,
         "feature_views": 105_000,
         "disk": Disk(Path("cache"), held=0, write=11 * GB, free=100 * GB, model=45_000_000, checkpoint=68_000_000),
         "epochs": 8,

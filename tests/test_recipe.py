@@ -30,7 +30,7 @@ OTHER: dict[str, Any] = {
     "allow_missing": ("layer4",), "image_size": 160, "epochs": 3, "batch_size": 7, "lr": 1e-7, "head_lr_scale": 1.0,
     "optimizer": "adamw", "momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.0,
     "label_smoothing": 0.0, "class_weights": "balanced", "ema": 0.998, "patience": 2, "augment": "crop", "cutout": 8,
-    "views": 4, "windows": "on", "val_fraction": 0.25,
+    "views": 4, "windows": "on", "skip_easy": 0.5, "val_fraction": 0.25,
     "keep_head": True, "blocks": ("1", "2"), "shortcut": "A", "hidden": 64, "dropout": 0.1, "budget": "20m",
     "limit": 100, "seed": 7, "device": "cpu", "precision": "bf16", "compile": "on", "cache": "disk",
     "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB",

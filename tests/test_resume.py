@@ -87,7 +87,7 @@ def test_stopped_twice_and_resumed(recipe: Recipe, whole: Path, tmp_path: Path) 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cosine, moving average": {"schedule": "cosine", "ema": 0.9},
     "constant, adamw, patience": {"schedule": "constant", "optimizer": "adamw", "lr": 1e-4, "patience": 1},
-    "crop, uncached": {"augment": "crop", "cutout": 8},
+    "crop, uncached, easy images skipped": {"augment": "crop", "cutout": 8, "skip_easy": 0.5},
     "all layers, adam, altflip": {
         "train_layers": ("all",),
         "optimizer": "adam",
