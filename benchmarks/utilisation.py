@@ -33,7 +33,7 @@ from finetune.allocator import tune_allocator
 if TYPE_CHECKING:
     import torch
 
-    from finetune.fit import Source
+    from finetune.inference import Source
     from finetune.job import Job
 
 BARS = {"prefix": 0.8, "suffix, training": 0.6}  # of the matrix product's rate
@@ -114,7 +114,8 @@ def trained_parts(name: str, job: Job, views: Source, plain: Source, inputs: tup
     import torch
 
     from finetune.device import settle
-    from finetune.fit import Split, Trainer, evaluation_batch, predict
+    from finetune.fit import Split, Trainer
+    from finetune.inference import evaluation_batch, predict
     from finetune.precision import compile_module
 
     data, training = job.data.train, job.computing.training

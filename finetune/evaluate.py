@@ -20,8 +20,8 @@ from finetune.cut import cut_model
 from finetune.device import pick_device, settle
 from finetune.eval_data import SPLITS, choose_images, repeated_images
 from finetune.events import Events
-from finetune.fit import Source, evaluation_batch, predict, score
 from finetune.images import ImageSet
+from finetune.inference import Source, evaluation_batch, predict, score
 from finetune.layers import freeze, select_layers
 from finetune.metrics import (
     calibrate,

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from finetune.device import free_memory
-from finetune.fit import autocast, cast
+from finetune.inference import autocast, cast
 from finetune.plan import Placement, size
 from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError

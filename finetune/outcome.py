@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from finetune.compute import Computing
-from finetune.fit import Source, Split, evaluation_batch, predict, score
+from finetune.fit import Split
 from finetune.forecast import TRAIN_SAMPLE
 from finetune.images import DataSplits
+from finetune.inference import Source, evaluation_batch, predict, score
 from finetune.metrics import calibrate, confusion_matrix, is_uneven, mean_recall, top_5_accuracy
 from finetune.models import Prepared
 from finetune.recipe import PLACES, Recipe, to_table

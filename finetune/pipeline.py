@@ -23,8 +23,9 @@ from finetune.class_weights import class_weights
 from finetune.data import DATA_NAMES
 from finetune.device import settle
 from finetune.events import Events
-from finetune.fit import Listener, Progress, Source, Split, Trainer, fit
+from finetune.fit import Listener, Progress, Split, Trainer, fit
 from finetune.images import ImageSet
+from finetune.inference import Source
 from finetune.job import Job, Stop, prepare, watched
 from finetune.layers import require_unchanged
 from finetune.memory import exhaustion_explained

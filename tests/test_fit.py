@@ -18,12 +18,10 @@ from finetune.fit import (
     Progress,
     Split,
     Trainer,
-    cast,
     fit,
-    predict,
     require_finite,
-    score,
 )
+from finetune.inference import cast, predict, score
 from finetune.order import epoch_batches
 from finetune.recipe import Recipe
 from weights.errors import TrainingError

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from finetune.class_weights import class_weights
-from finetune.fit import score
+from finetune.inference import score
 from finetune.metrics import (
     BINS,
     calibrate,

@@ -19,8 +19,9 @@ from torchvision.transforms import v2
 from finetune.augment import Preprocessing, Views, make_views
 from finetune.cut import cut_model
 from finetune.events import Events
-from finetune.fit import Source, Split, Trainer
+from finetune.fit import Split, Trainer
 from finetune.images import ImageSet
+from finetune.inference import Source
 from finetune.layers import freeze, select_layers
 from finetune.order import epoch_batches
 from finetune.plan import Placement
