@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from finetune.recipe import Recipe, peak_rate
+from finetune.recipe import DECAY, Recipe, peak_rate
+
+FRESH_CONVOLUTION_DECAY = 2e-3  # docs/log.md, 2026-11-21: a whole stage from random values gains a point by it
 
 
 def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> list[dict[str, object]]:
@@ -16,25 +18,37 @@ def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) 
 
     Parameters that start fresh (the head, layers that the weights lacked) learn `head_lr_scale` times faster than
     those that start from pretrained values. Biases and norm scales, one-dimensional, get no weight decay (He et al.
-    2019, "Bag of Tricks for Image Classification", section 3.1).
+    2019, "Bag of Tricks for Image Classification", section 3.1). Without a `weight_decay` in the recipe, convolutions
+    that start fresh decay faster than the rest: the norm behind them undoes their scale, so decay only keeps their
+    steps large (van Laarhoven 2017, "L2 Regularization versus Batch and Weight Normalization").
 
     Args:
         suffix: what trains; only parameters with requires_grad count.
         fresh: names of parameters that start fresh.
         recipe: lr, head_lr_scale and weight_decay are read.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in suffix.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name in fresh, parameter.ndim > 1), []).append(parameter)
+            is_fresh = name in fresh
+            groups.setdefault((is_fresh, _decay(parameter, is_fresh, recipe)), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": peak_rate(recipe) * (recipe.head_lr_scale if is_fresh else 1.0),
-            "weight_decay": recipe.weight_decay if decays else 0.0,
+            "weight_decay": decay,
         }
-        for (is_fresh, decays), parameters in groups.items()
+        for (is_fresh, decay), parameters in groups.items()
     ]
+
+
+def _decay(parameter: nn.Parameter, is_fresh: bool, recipe: Recipe) -> float:
+    """Return the weight decay of one parameter."""
+    if parameter.ndim <= 1:
+        return 0.0
+    if recipe.weight_decay is not None:
+        return recipe.weight_decay
+    return FRESH_CONVOLUTION_DECAY if is_fresh and parameter.ndim == 4 and recipe.optimizer == "sgd" else DECAY
 
 
 def make_optimizer(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> torch.optim.Optimizer:

@@ -58,7 +58,9 @@ class Recipe:
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
     optimizer: str = _setting("sgd", "sgd is SGD with Nesterov momentum.", choices=("sgd", "adam", "adamw"))
     momentum: float = _setting(0.9, "Momentum of sgd (0 to below 1).")
-    weight_decay: float = _setting(5e-4, "Weight decay.")
+    weight_decay: float | None = _setting(
+        None, "Weight decay; auto takes 5e-4, and with sgd 2e-3 for convolutions that start fresh."
+    )
     schedule: str = _setting("onecycle", "Learning-rate schedule.", choices=("onecycle", "cosine", "constant"))
     warmup: float = _setting(0.2, "Share of all steps in which the learning rate rises (onecycle, cosine).")
     label_smoothing: float = _setting(0.1, "Label smoothing (0 to below 1).")
@@ -117,6 +119,7 @@ class Recipe:
 
 # Optimisers multiply learning rate and weight decay and divide by as little as 1 - 0.9; float32 ends at 3.4e38.
 LARGEST_RATE = 1e37
+DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
 PATHS = ("data_dir", "weights_dir", "cache_dir")
 # Settings that say where to look or how to compute, not what is learned: left out of checkpoints' metadata.
 PLACES = ("data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device")
@@ -142,10 +145,11 @@ def check(recipe: Recipe) -> None:
     for name, number in above_zero.items():
         if not 0 < number < float("inf"):
             raise UsageError(f"{flag(name)} is {number}; give a number above 0.")
-    if lr * max(1, recipe.head_lr_scale) * max(1, recipe.weight_decay) > LARGEST_RATE:
+    decay = DECAY if recipe.weight_decay is None else recipe.weight_decay
+    if lr * max(1, recipe.head_lr_scale) * max(1, decay) > LARGEST_RATE:
         raise UsageError(
             f"--lr {lr:g} with --head-lr-scale {recipe.head_lr_scale:g} and --weight-decay "
-            f"{recipe.weight_decay:g} is more than 32-bit numbers can hold; lower --lr (0.01 is usual)."
+            f"{decay:g} is more than 32-bit numbers can hold; lower --lr (0.01 is usual)."
         )
     below_one = {
         "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
@@ -155,7 +159,7 @@ def check(recipe: Recipe) -> None:
     for name, number in below_one.items():
         if not 0 <= number < 1:
             raise UsageError(f"{flag(name)} is {number}; give a number from 0 to below 1.")
-    if not 0 <= recipe.weight_decay < float("inf"):
+    if not 0 <= decay < float("inf"):
         raise UsageError(f"{flag('weight_decay')} is {recipe.weight_decay}; give 0 or more.")
     if recipe.patience < 0:
         raise UsageError(f"--patience is {recipe.patience}; give 0 (off) or a number of epochs.")

@@ -197,9 +197,10 @@ def test_resume_of_a_run_that_another_version_began(recipe: Recipe, tmp_path: Pa
 @pytest.mark.parametrize("settings", [{"lr": 1e39}, {"lr": 1e36, "head_lr_scale": 1e3}, {"weight_decay": 1e40}])
 def test_learning_rates_beyond_32_bits(recipe: Recipe, tmp_path: Path, settings: dict[str, float]) -> None:
     own = dataclasses.replace(recipe, **{"lr": 0.01, **settings})
+    decay = own.weight_decay or 5e-4
     assert words_of(UsageError, own, tmp_path / "run") == (
-        f"--lr {own.lr:g} with --head-lr-scale {own.head_lr_scale:g} and --weight-decay {own.weight_decay:g} is more "
-        "than 32-bit numbers can hold; lower --lr (0.01 is usual)."
+        f"--lr {own.lr:g} with --head-lr-scale {own.head_lr_scale:g} and --weight-decay {decay:g} is more than 32-bit "
+        "numbers can hold; lower --lr (0.01 is usual)."
     )
     assert not (tmp_path / "run").exists()
     check(dataclasses.replace(own, lr=1e-6, head_lr_scale=10.0, weight_decay=0.1))

@@ -53,6 +53,23 @@ def test_groups_have_their_own_rates_and_decay() -> None:
     }
 
 
+def test_convolutions_that_start_fresh_decay_faster_unless_a_decay_is_given() -> None:
+    suffix = make_suffix()
+    fresh = FRESH | {"conv.weight", "conv.bias"}
+
+    def decays(recipe: Recipe, fresh: frozenset[str]) -> dict[str, float]:
+        names = {id(parameter): name for name, parameter in suffix.named_parameters()}
+        groups = parameter_groups(suffix, fresh, recipe)
+        return {names[id(one)]: group["weight_decay"] for group in groups for one in group["params"]}  # type: ignore[attr-defined]
+
+    auto = replace(RECIPE, weight_decay=None)
+    plain = dict.fromkeys(("conv.bias", "norm.weight", "norm.bias", "head.bias"), 0.0)
+    assert decays(auto, fresh) == {**plain, "conv.weight": 2e-3, "head.weight": 5e-4}
+    assert decays(auto, FRESH) == {**plain, "conv.weight": 5e-4, "head.weight": 5e-4}
+    assert decays(replace(auto, optimizer="adamw"), fresh)["conv.weight"] == 5e-4
+    assert decays(RECIPE, fresh)["conv.weight"] == RECIPE.weight_decay
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     suffix = make_suffix().requires_grad_(False)
     assert parameter_groups(suffix, FRESH, RECIPE) == []

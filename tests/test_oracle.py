@@ -95,7 +95,7 @@ def textbook(
 # The engine, from a cut model to a trainer.
 
 IMAGES, BATCH, EPOCHS = 40, 8, 4  # 20 steps
-RECIPE = Recipe(epochs=EPOCHS, batch_size=BATCH, augment="flip", lr=0.01, head_lr_scale=10.0, seed=3)
+RECIPE = Recipe(weight_decay=5e-4, epochs=EPOCHS, batch_size=BATCH, augment="flip", lr=0.01, head_lr_scale=10.0, seed=3)
 ARCHS: dict[str, tuple[int, dict[str, Any], tuple[str, ...], str]] = {
     "resnet18": (64, {}, ("layer4", "fc"), "fc"),
     "test_convnext": (64, {}, ("stages.3", "head.fc"), "head.fc"),
