@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,10 +24,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from finetune.plan import Plan
 
+WIDEST, LEAST = 40, 20  # columns of a LongTable beside the first one, and the first one: what is longer is folded
 PLAIN_SECONDS = 10.0  # a pipe gets a line of progress this often: a log of an hour stays below 400 lines
 
 
@@ -95,6 +99,19 @@ class Screen:
         if total and done >= total:
             self._end_bar()
 
+    @contextmanager
+    def results(self) -> Iterator[None]:
+        """Take the bar off the terminal while results go to standard output.
+
+        A bar that stays would send them to standard error, where it is itself, and be drawn between their lines.
+        """
+        if self._bar is not None:
+            self._bar.stop()
+        yield
+        sys.stdout.flush()
+        if self._bar is not None:
+            self._bar.start()
+
     def _show_bar(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = Progress(
@@ -139,6 +156,37 @@ def print_table(title: str, columns: list[tuple[str, str]], rows: list[list[str]
     for row in rows:
         table.add_row(*[cell.replace("[", r"\[") for cell in row])
     console.print(table)
+
+
+class LongTable:
+    """A table that is printed part after part on standard output, its columns as wide in each of them.
+
+    Args:
+        title: above the table.
+        columns: (heading, "left" or "right", all texts that will be in it). The first column gives way where they do
+            not fit beside each other.
+    """
+
+    def __init__(self, title: str, columns: list[tuple[str, str, Iterable[str]]]) -> None:
+        self.title, self.columns = title, columns
+        self.console = Console(highlight=False)
+        widest = [max(cell_len(text) for text in (heading, *texts)) for heading, _, texts in columns]
+        beside = [min(width, WIDEST) for width in widest[1:]]
+        self.widths = [max(LEAST, min(widest[0], self.console.width - sum(width + 2 for width in beside))), *beside]
+        self._begun = False
+
+    def add(self, rows: list[list[str]]) -> None:
+        """Print rows; above the first ones title and headings."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=not self._begun)
+        if not self._begun:
+            self.console.print(Text(self.title, style="bold"))
+        self._begun = True
+        for (heading, justify, _), width in zip(self.columns, self.widths, strict=True):
+            side: Literal["left", "right"] = "right" if justify == "right" else "left"
+            table.add_column(heading, justify=side, overflow="fold", width=width)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.console.print(table)
 
 
 def print_lines(lines: list[str]) -> None:

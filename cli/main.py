@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import baseline, cache, check, compare, demo, layers, plan, report, run
+from cli import baseline, cache, check, compare, demo, layers, plan, predict, report, run
 from cli import eval as evaluating
 from cli import list as listing
 from finetune.allocator import tune_allocator
@@ -48,6 +48,7 @@ app.command("run")(run.run_command)
 app.command("baseline")(baseline.baseline_command)
 app.command("layers")(layers.layers_command)
 app.command("eval")(evaluating.eval_command)
+app.command("predict")(predict.predict_command)
 app.command("report")(report.report_command)
 app.command("compare")(compare.compare_command)
 app.command("list")(listing.list_command)

@@ -4,6 +4,22 @@ Importing this imports neither torch nor timm. It makes `timm.create_model("fine
 two packages is imported first.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from finetune.registration import register_networks
 
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from finetune.classifier import Classifier
+
 register_networks()
+
+
+def load(checkpoint: str | PathLike[str], *, device: str = "auto", precision: str = "fp32") -> Classifier:
+    """Load a trained model; see `finetune.classifier.load_classifier`. Images go to `load(...).predict(...)`."""
+    from finetune.classifier import load_classifier
+
+    return load_classifier(checkpoint, device=device, precision=precision)

@@ -106,10 +106,33 @@ def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.ui
             return None
         if resize:
             opened.draft(None, (2 * side, 2 * side))  # JPEG: decode at the smallest scale that keeps twice the side
-        image = upright(opened)
+        return to_square(upright(opened), side)
+
+
+def decode_within(path: Path, side: int) -> NDArray[np.uint8]:
+    """Decode one image file to a square whose side is the image's own shorter side, but no more than `side`.
+
+    Args:
+        path: the file.
+        side: side of the square, at most.
+
+    Returns:
+        uint8 (3, S, S).
+
+    Raises:
+        OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError: as for `decode_image`.
+    """
+    with Image.open(path) as opened:
+        side = min(side, *opened.size)
+        opened.draft(None, (2 * side, 2 * side))
+        return to_square(upright(opened), side)
+
+
+def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
+    """Bring the shorter side of an 8-bit RGB image to S and keep the centre square: uint8 (3, S, S)."""
     width, height = image.size
-    if resize and min(width, height) != side:
-        short = min(width, height)
+    short = min(width, height)
+    if short != side:
         image = _centre(image, min(width, LONGEST * short), min(height, LONGEST * short))
         width, height = (max(side, round(length * side / short)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased

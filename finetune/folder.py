@@ -195,7 +195,7 @@ def _list_split(place: Path, classes: tuple[str, ...], split: str) -> _Listing:
         if not images:
             if split != "train":
                 continue
-            instead = f" but {_described(strays)}" if strays else ""
+            instead = f" but {described(strays)}" if strays else ""
             raise DataError(f"{folder} holds no images{instead}; fill the class {name!r} or remove its folder.")
         if name not in index:
             near = near_matches(name, classes)
@@ -252,11 +252,11 @@ def _passed_over(root: Path, listings: list[_Listing]) -> tuple[str, ...]:
     if loose:
         notes.append(f"{loose:,} image{'s' * (loose != 1)} in {root} passed over: in no class folder.")
     if strays:
-        notes.append(f"{_described(strays)} in {root} passed over: no image by the suffix.")
+        notes.append(f"{described(strays)} in {root} passed over: no image by the suffix.")
     return tuple(notes)
 
 
-def _described(files: list[Path]) -> str:
+def described(files: list[Path]) -> str:
     """Return how many files, and their suffixes: "3 files (.heic, .txt)"."""
     suffixes = sorted({file.suffix.lower() or "no suffix" for file in files})
     return f"{len(files):,} file{'s' * (len(files) != 1)} ({first_few(suffixes)})"

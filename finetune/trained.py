@@ -176,6 +176,9 @@ def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tupl
         raise WeightsError(
             f'{place} has "input_size" {said["input_size"]}; expected 3 colours and a square, such as [3, 224, 224].'
         )
+    crop_pct = said.get("crop_pct") or 1.0
+    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
+        raise WeightsError(f'{place} has "crop_pct" {crop_pct!r} in "pretrained_cfg"; expected a number from 0 to 1.')
     merged = {
         **arch.config,
         "input_size": (3, int(height), int(width)),
@@ -184,7 +187,7 @@ def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tupl
         "interpolation": said.get("interpolation") or arch.config.get("interpolation"),
     }
     # No tag: it would be that of the weights training began with.
-    return Arch(arch.name, "", merged), int(height), float(said.get("crop_pct") or 1.0)
+    return Arch(arch.name, "", merged), int(height), float(crop_pct)
 
 
 def _numbers(said: dict[str, Any], key: str, place: Path) -> tuple[float, ...]:
