@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import baseline, cache, check, compare, demo, layers, plan, predict, report, run
+from cli import baseline, cache, check, compare, demo, export, layers, plan, predict, report, run
 from cli import eval as evaluating
 from cli import list as listing
 from finetune.allocator import tune_allocator
@@ -49,6 +49,7 @@ app.command("baseline")(baseline.baseline_command)
 app.command("layers")(layers.layers_command)
 app.command("eval")(evaluating.eval_command)
 app.command("predict")(predict.predict_command)
+app.command("export")(export.export_command)
 app.command("report")(report.report_command)
 app.command("compare")(compare.compare_command)
 app.command("list")(listing.list_command)

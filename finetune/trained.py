@@ -8,7 +8,7 @@ model loads all the same.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Trained:
         recipe: settings of the run that made it; None where nobody wrote them down.
         crop_pct: share of an image that the centre crop keeps; 1 for every run of this project.
         folder: where it lies.
+        config: all of config.json.
+        about: the checkpoint's metadata; empty where nobody wrote any.
     """
 
     model: nn.Module
@@ -52,6 +54,8 @@ class Trained:
     recipe: Recipe | None
     crop_pct: float
     folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of the run that lies beside the model, or None without one that can be read."""
@@ -106,6 +110,8 @@ def load_trained(path: Path) -> Trained:
         recipe=_recipe(about, file),
         crop_pct=crop_pct,
         folder=file.parent,
+        config=config,
+        about=about,
     )
 
 

@@ -63,7 +63,8 @@ def test_only_cli_knows_the_terminal(path: Path) -> None:
 
 def test_everything_imported_is_declared(path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in project["dependencies"]}
+    extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
+    declared = {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in [*project["dependencies"], *extras]}
     outside = imported(path) - set(sys.stdlib_module_names) - set(MAY_IMPORT)
     assert {DISTRIBUTIONS.get(name, name) for name in outside} <= declared
 
