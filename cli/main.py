@@ -11,9 +11,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import baseline, cache, check, compare, demo, export, layers, plan, predict, report, run
+from cli import baseline, cache, check, compare, demo, doctor, export, layers, plan, predict, report, run
 from cli import eval as evaluating
 from cli import list as listing
+from cli import weights as weight_files
 from finetune.allocator import tune_allocator
 from weights.errors import FinetuneError, StoppedError
 
@@ -54,7 +55,9 @@ app.command("report")(report.report_command)
 app.command("compare")(compare.compare_command)
 app.command("list")(listing.list_command)
 app.command("demo")(demo.demo_command)
+app.command("doctor")(doctor.doctor_command)
 app.add_typer(cache.app, name="cache")
+app.add_typer(weight_files.app, name="weights")
 
 
 @app.callback(invoke_without_command=True)

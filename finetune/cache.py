@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from filelock import FileLock, Timeout
 
+from finetune.machine import user_cache
 from weights.errors import RunError
 
 FORMAT = 1
@@ -34,7 +34,7 @@ CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any
 
 def default_cache_dir() -> Path:
     """Return where this system keeps a user's caches for this tool."""
-    return Path(platformdirs.user_cache_dir("finetune-timm"))
+    return user_cache()
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:

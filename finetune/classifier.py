@@ -28,7 +28,7 @@ from torchvision.transforms.functional import center_crop
 
 from finetune.decode import set_warnings
 from finetune.device import pick_device, settle
-from finetune.fit import autocast, evaluation_batch
+from finetune.inference import autocast, evaluation_batch
 from finetune.inputs import find_images
 from finetune.pictures import Decoded, Picture, begin, finish
 from finetune.precision import DTYPES

@@ -13,12 +13,13 @@ from torch import nn
 from finetune.augment import Views
 from finetune.cache import default_cache_dir
 from finetune.cut import Cut
-from finetune.device import device_name, find_compiler, free_memory, settle
+from finetune.device import device_name, settle
 from finetune.events import Events
 from finetune.features import RowShape
 from finetune.fit import Trainer
 from finetune.forecast import make_plan
 from finetune.images import DataSplits, ImageSet
+from finetune.machine import find_compiler, free_memory
 from finetune.memory import StepMemory, step_memory
 from finetune.models import Prepared
 from finetune.plan import MEMORY_SHARE, Placement, Plan, place

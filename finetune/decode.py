@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from finetune.device import free_memory
 from finetune.images import Progress
+from finetune.machine import free_memory
 from weights.errors import DataError
 
 CHUNK = 32

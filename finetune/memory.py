@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from finetune.device import free_memory
 from finetune.inference import autocast, cast
+from finetune.machine import free_memory
 from finetune.plan import Placement, size
 from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError

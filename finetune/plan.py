@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from finetune.precision import Choice
 from weights.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.precision import Choice
 
 DISK_RESERVE = 2 * 10**9  # bytes left free on the cache's disk, so that nothing else on it fails
 CLOSING_RESERVE = 2.0  # times the expected time after training that --budget keeps for it: no clock steers that part

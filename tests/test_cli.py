@@ -26,6 +26,7 @@ from finetune.recipe import Recipe, flag, to_table
 
 COMMANDS = (
     "check", "plan", "run", "eval", "report", "layers", "demo", "cache", "cache list", "cache clear",
+    "weights", "weights list", "weights fetch", "weights verify", "weights convert", "doctor",
 )  # fmt: skip
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub.constants
-import huggingface_hub.file_download
 import pytest
+from make_server import Server, empty_caches, hub_at, serve
 
 from weights.arch import Arch, resolve_arch
 from weights.errors import WeightsError
 from weights.fetch import download, from_url, has_source, hub_files
-from weights.locate import locate
+from weights.locate import in_caches, locate
 
 CONTENT = b"these are weights" * 100
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -24,66 +21,17 @@ GOOD = f"tiny-{DIGEST[:8]}.pth"
 BAD = "tiny-00000000.pth"
 
 
-@dataclass
-class Server:
-    """A server on this machine that gives CONTENT for the known paths and 404 for others."""
-
-    address: str
-    known: set[str] = field(default_factory=set)
-    asked: list[str] = field(default_factory=list)
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, *, body: bool) -> None:
-            running.asked.append(f"{self.command} {self.path}")
-            there = self.path in running.known
-            self.send_response(200 if there else 404)
-            if there:
-                self.send_header("ETag", f'"{DIGEST}"')
-                self.send_header("X-Repo-Commit", "c" * 40)
-            else:
-                self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", str(len(CONTENT) if there else 0))
-            self.end_headers()
-            if there and body:
-                self.wfile.write(CONTENT)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    monkeypatch.setenv("no_proxy", "*")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        running = Server(f"http://127.0.0.1:{http.server_port}")
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serve(monkeypatch) as running:
         yield running
-        http.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Empty caches, and a hub address on which nothing listens."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv("FINETUNE_WEIGHTS", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub_at(monkeypatch, "http://127.0.0.1:9")
+    empty_caches(tmp_path, monkeypatch)
     return tmp_path
-
-
-def hub_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def arch_at(url: str = "", hub: str = "") -> Arch:
@@ -95,14 +43,14 @@ def files_under(folder: Path) -> list[str]:
 
 
 def test_a_file_with_the_right_hash_arrives_in_torch_hubs_cache(server: Server, caches: Path) -> None:
-    server.known.add(f"/{GOOD}")
+    server.files[f"/{GOOD}"] = CONTENT
     path = download(arch_at(f"{server.address}/{GOOD}"))
     assert path == caches / "torch" / "hub" / "checkpoints" / GOOD
     assert path.read_bytes() == CONTENT
 
 
 def test_locate_downloads_once_and_finds_the_file_in_the_cache_then(server: Server) -> None:
-    server.known.add(f"/{GOOD}")
+    server.files[f"/{GOOD}"] = CONTENT
     arch = arch_at(f"{server.address}/{GOOD}")
     first = locate(arch)
     second = locate(arch)
@@ -112,7 +60,7 @@ def test_locate_downloads_once_and_finds_the_file_in_the_cache_then(server: Serv
 
 
 def test_a_file_with_the_wrong_hash_is_refused_and_nothing_stays(server: Server, caches: Path) -> None:
-    server.known.add(f"/{BAD}")
+    server.files[f"/{BAD}"] = CONTENT
     with pytest.raises(WeightsError, match=r'does not match its hash and was thrown away: .*expected "00000000"'):
         download(arch_at(f"{server.address}/{BAD}"))
     assert files_under(caches) == []
@@ -150,7 +98,7 @@ def test_the_hub_is_asked_first_and_its_cache_used(
     server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_at(monkeypatch, server.address)
-    server.known.add("/timm/tiny/resolve/main/pytorch_model.bin")
+    server.files["/timm/tiny/resolve/main/pytorch_model.bin"] = CONTENT
     path = download(arch_at(f"{server.address}/{GOOD}", hub="timm/tiny"))
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(caches / "hub" / "models--timm--tiny")
@@ -160,9 +108,22 @@ def test_the_hub_is_asked_first_and_its_cache_used(
     assert (found.path, found.source) == (path, "Hugging Face cache, timm/tiny")
 
 
+def test_a_file_of_the_hub_with_the_wrong_hash_is_refused_and_nothing_stays(
+    server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client compares lengths and no hashes."""
+    hub_at(monkeypatch, server.address)
+    path = "/timm/tiny/resolve/main/model.safetensors"
+    server.files[path], server.digests[path] = CONTENT, "0" * 64
+    with pytest.raises(WeightsError, match=rf"thrown away: expected 0{{64}}, got {DIGEST}\)"):
+        download(arch_at(hub="timm/tiny"))
+    assert CONTENT not in [path.read_bytes() for path in caches.rglob("*") if path.is_file()]
+    assert in_caches(arch_at(hub="timm/tiny")) is None
+
+
 def test_after_the_hub_comes_the_address(server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_at(monkeypatch, server.address)
-    server.known.add(f"/{GOOD}")
+    server.files[f"/{GOOD}"] = CONTENT
     assert download(arch_at(f"{server.address}/{GOOD}", hub="timm/tiny")).name == GOOD
 
 

@@ -3,10 +3,15 @@
     arch      a timm name, with or without a pretrained tag  →  `Arch` (name, tag, timm's configuration)
     locate    an `Arch` and `--weights`                      →  `Found` (which file, with which preprocessing)
     fetch     nothing on this machine                        →  a file in the clients' own caches, hash checked
+    reach     an address                                     →  is it trusted, and does its server answer?
     load      a file                                         →  tensors  →  a model, with an `Account` of every tensor
     check     tensors and a model                            →  nothing, or the sentence that says what does not fit
     convert   other people's tensor names                    →  the names timm uses
     guess     tensors of an unknown network                  →  what they look like, for error messages
+    record    a file                                         →  its sha256, and what it should be
+    inventory the local model directory and the caches       →  `WeightFile`s: what each is, and its licence
+    verify    a `WeightFile`                                 →  a `Verdict`: whole, and of its network?
+    keep      an `Arch`, or a file of torch.save             →  a file in the local model directory, or safetensors
     save      a trained model                                →  model.safetensors and config.json, never half-written
     errors    every error of the project
 

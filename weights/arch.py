@@ -6,6 +6,7 @@ decides the preprocessing (mean, std, interpolation, input size), so it is settl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,6 +83,14 @@ def known_tags(name: str) -> dict[str, dict[str, Any]]:
     """
     found = timm.models.get_arch_pretrained_cfgs(name)
     return {full.partition(".")[2]: _plain(config) for full, config in found.items()}
+
+
+def pretrained_archs() -> Iterator[Arch]:
+    """Yield every architecture that timm knows with every tag of its pretrained weights."""
+    for full_name in timm.models.list_pretrained():
+        name, _, tag = full_name.partition(".")
+        if found := timm.models.get_pretrained_cfg(full_name):
+            yield Arch(name, tag, _plain(found), tag_given=bool(tag))
 
 
 def weights_url(config: dict[str, Any]) -> tuple[str, str]:

@@ -1,13 +1,13 @@
 """Downloads, through the clients that own the caches: torch.hub and huggingface_hub.
 
 torchvision's own files come from torchvision's address, whose file name carries a hash to check; everything else comes
-from the Hugging Face hub first (which checks its own hashes) and from timm's address second. Each client writes to its
-own cache, so other programs find the files too, and shows its own progress bar.
+from the Hugging Face hub first (whose client checks the length alone: the sha256 that the hub states is checked here)
+and from timm's address second. Each client writes to its own cache, so other programs find the files too, and shows its
+own progress bar.
 """
 
 from __future__ import annotations
 
-import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from weights.arch import Arch, weights_url
 from weights.errors import WeightsError
+from weights.reach import trusted
+from weights.record import DIGITS_IN_NAME, file_sha256, recorded
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names that timm's repositories on the hub keep weights under, in order of preference."""
@@ -28,21 +30,20 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10.0
 """Seconds without an answer before a server counts as unreachable."""
 
-_HASH = re.compile(r"-([0-9a-f]{8,64})\.")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TORCHVISION = "download.pytorch.org"
-_WAYS_ON = (
+WAYS_ON = (
     "Put the file in --weights-dir, name it with --weights FILE, start from random weights with --weights none, "
     "or run again with a network."
 )
 
 
-def download(arch: Arch, searched: Sequence[str] = ()) -> Path:
+def download(arch: Arch, searched: Sequence[str] = (), ways_on: str = WAYS_ON) -> Path:
     """Download the pretrained weights of a network into the client's own cache.
 
     Args:
         arch: the network; its configuration names the sources.
         searched: places already searched on this machine, for the error message.
+        ways_on: what the error message advises.
 
     Returns:
         The downloaded file.
@@ -56,22 +57,23 @@ def download(arch: Arch, searched: Sequence[str] = ()) -> Path:
             return fetch(arch)
         except WeightsError as error:
             reasons.append(f"{name} ({error})")
-    raise not_found(arch, [*searched, *reasons])
+    raise not_found(arch, [*searched, *reasons], ways_on)
 
 
-def not_found(arch: Arch, searched: Sequence[str]) -> WeightsError:
+def not_found(arch: Arch, searched: Sequence[str], ways_on: str = WAYS_ON) -> WeightsError:
     """Return the error for weights that are nowhere: the places searched, and the ways on.
 
     Args:
         arch: the network whose weights are missing.
         searched: places in the order they were searched, each with what was wrong there.
+        ways_on: what to advise where there is a source to download from.
     """
     if not has_source(arch):
         return WeightsError(
             f"There are no pretrained weights for {arch.full_name} in timm, and none in {_listed(searched)}. "
             "Give --weights FILE, or --weights none to start from random weights."
         )
-    return WeightsError(f"Found no weights for {arch.full_name}: searched {_listed(searched)}. {_WAYS_ON}")
+    return WeightsError(f"Found no weights for {arch.full_name}: searched {_listed(searched)}. {ways_on}")
 
 
 def has_source(arch: Arch) -> bool:
@@ -116,10 +118,9 @@ def from_url(url: str, target: Path) -> Path:
     Raises:
         WeightsError: when the address is not https, the server gives nothing, or the hash is wrong.
     """
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+    if not trusted(url):
         raise WeightsError(f"refused {url}: only https addresses are trusted")
-    expected = _HASH.search(target.name)
+    expected = DIGITS_IN_NAME.search(target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout(TIMEOUT):
@@ -158,7 +159,8 @@ def _from_hub(arch: Arch) -> Path:
             # One question without retries first: hf_hub_download retries for 25 seconds before it gives up.
             address = huggingface_hub.hf_hub_url(repo, name, revision=revision)
             huggingface_hub.get_hf_file_metadata(address, timeout=TIMEOUT)
-            return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, etag_timeout=TIMEOUT))
+            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, etag_timeout=TIMEOUT))
+            return _checked(path)
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # its subclass for a network that went away
                 reason = "the connection was lost"
@@ -167,6 +169,18 @@ def _from_hub(arch: Arch) -> Path:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             break
     raise WeightsError(reason)
+
+
+def _checked(path: Path) -> Path:
+    """Return a file of the Hugging Face cache, or throw it away: its client compares lengths and no hashes."""
+    record = recorded(path)
+    if record is None or record.agrees(digest := file_sha256(path)):
+        return path
+    path.resolve().unlink()
+    path.unlink()
+    raise WeightsError(
+        f"the file that came does not match its hash and was thrown away: expected {record.digits}, got {digest}"
+    )
 
 
 @contextmanager

@@ -53,7 +53,18 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
+    """A file in a folder that may be what is looked for.
+
+    Attributes:
+        path: the file.
+        arch: the network, with the preprocessing that belongs to this file.
+        exact: whether its name begins with the full name, tag included.
+        label: what to call it.
+        model_args: as in `Found`.
+        label_names: as in `Found`.
+    """
+
     path: Path
     arch: Arch
     exact: bool
@@ -79,16 +90,16 @@ def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *
     if weights != "auto":
         return _given(arch, Path(weights).expanduser())
     searched = []
-    folder, option = _local_folder(weights_dir)
+    folder, option = local_folder(weights_dir)
     if folder:
         if not folder.is_dir():
             raise WeightsError(f"{option} names {folder}, which is not a folder; give one that is.")
-        best = _best_in(folder, arch)
+        best = best_in(folder, arch)
         if best:
             return Found(best.path, best.arch, f"local file {best.label}", best.model_args, best.label_names)
         passed_over = _other_tags(folder, arch)
         searched.append(f"{option} {folder}" + (f" (it holds {passed_over})" if passed_over else ""))
-    cached = _in_caches(arch)
+    cached = in_caches(arch)
     if cached:
         return cached
     searched += ["the torch hub cache", "the Hugging Face cache"]
@@ -97,7 +108,12 @@ def locate(arch: Arch, weights: str = "auto", weights_dir: Path | None = None, *
     return Found(fetch_weights(arch, searched), arch, "download")
 
 
-def _local_folder(weights_dir: Path | None) -> tuple[Path | None, str]:
+def local_folder(weights_dir: Path | None) -> tuple[Path | None, str]:
+    """Return the local model directory and what named it; None when nothing did.
+
+    Args:
+        weights_dir: what `--weights-dir` gave; without it `$FINETUNE_WEIGHTS` is used.
+    """
     if weights_dir is not None:
         return Path(weights_dir).expanduser(), "--weights-dir"
     value = os.environ.get(ENVIRONMENT)
@@ -106,7 +122,7 @@ def _local_folder(weights_dir: Path | None) -> tuple[Path | None, str]:
 
 def _given(arch: Arch, path: Path) -> Found:
     if path.is_dir():
-        best = _best_in(path, arch, given=True)
+        best = best_in(path, arch, given=True)
         if best is None:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
             raise WeightsError(
@@ -118,14 +134,23 @@ def _given(arch: Arch, path: Path) -> Found:
         raise WeightsError(f"--weights names {path}, which does not exist; expected auto, none, a file or a folder.")
     if path.name in HUB_FILES and (snapshot := _snapshot(path.parent, arch, given=True)):
         return Found(path, snapshot.arch, f"local file {path.name}", snapshot.model_args, snapshot.label_names)
-    tag = _tag_of(_stem(path.name), arch)
+    tag = tag_of(stem_of(path.name), arch)
     if tag is None:
         return Found(path, arch, f"local file {path.name}")
     return Found(path, _with_tag(arch, tag, path.name), f"local file {path.name}")
 
 
-def _best_in(folder: Path, arch: Arch, *, given: bool = False) -> _Candidate | None:
-    """The one candidate in a folder, None without any; `given` when the user named this very folder."""
+def best_in(folder: Path, arch: Arch, *, given: bool = False) -> Candidate | None:
+    """Return the one candidate in a folder, None without any.
+
+    Args:
+        folder: where to look.
+        arch: the network.
+        given: whether the user named this very folder.
+
+    Raises:
+        WeightsError: when two fit equally well.
+    """
     found = _candidates(folder, arch, given=given)
     best = [c for c in found if c.exact] or found
     if len(best) > 1:
@@ -136,7 +161,7 @@ def _best_in(folder: Path, arch: Arch, *, given: bool = False) -> _Candidate | N
     return best[0] if best else None
 
 
-def _candidates(folder: Path, arch: Arch, *, given: bool) -> list[_Candidate]:
+def _candidates(folder: Path, arch: Arch, *, given: bool) -> list[Candidate]:
     found = []
     for path in sorted(folder.iterdir()):
         if not _stem_fits(path, arch):
@@ -144,21 +169,21 @@ def _candidates(folder: Path, arch: Arch, *, given: bool) -> list[_Candidate]:
         if path.is_dir():
             inner = _snapshot(path, arch, given=False)
             found += [replace(inner, label=f"{path.name}/{inner.label}")] if inner else []
-        elif _stem(path.name):
-            tag = _tag_of(_stem(path.name), arch)
-            exact = bool(re.match(rf"{re.escape(arch.full_name)}([-.]|$)", _stem(path.name)))
+        elif stem_of(path.name):
+            tag = tag_of(stem_of(path.name), arch)
+            exact = bool(re.match(rf"{re.escape(arch.full_name)}([-.]|$)", stem_of(path.name)))
             if tag in (None, arch.tag):
-                found.append(_Candidate(path, arch, exact, path.name))
+                found.append(Candidate(path, arch, exact, path.name))
     snapshot = _snapshot(folder, arch, given=given)
     found += [snapshot] if snapshot else []
     if not found and given:  # the user pointed at this folder: another tag is fine unless a tag was asked for
         for path in sorted(folder.iterdir()):
-            if path.is_file() and _stem_fits(path, arch) and (tag := _tag_of(_stem(path.name), arch)):
-                found.append(_Candidate(path, _with_tag(arch, tag, path.name), False, path.name))
+            if path.is_file() and _stem_fits(path, arch) and (tag := tag_of(stem_of(path.name), arch)):
+                found.append(Candidate(path, _with_tag(arch, tag, path.name), False, path.name))
     return found
 
 
-def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
+def _snapshot(folder: Path, arch: Arch, *, given: bool) -> Candidate | None:
     """The folder as a Hugging Face snapshot of this network, None when it is not one.
 
     With `given` another architecture or tag is an error instead, because the user named the folder.
@@ -166,13 +191,8 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
     weights = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if weights is None or not (folder / "config.json").is_file():
         return None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(
-            f"{folder / 'config.json'} is not readable as JSON ({error}); mend it, or name a file with --weights FILE."
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    config = read_config(folder)
+    if not isinstance(config.get("architecture"), str):
         return None  # a snapshot of some other library
     name, _, tag = config["architecture"].partition(".")
     own = config.get("pretrained_cfg")
@@ -186,7 +206,7 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
         return None
     # Of runs of this tool alone: others name ImageNet's classes in their own ways.
     model_args, names = config.get("model_args"), config.get("label_names") if "finetune" in config else None
-    return _Candidate(
+    return Candidate(
         weights,
         _with_config(arch, tag, own, config),
         exact=bool(tag) and tag == arch.tag,
@@ -194,6 +214,25 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> _Candidate | None:
         model_args=model_args if isinstance(model_args, dict) else {},
         label_names=tuple(map(str, names)) if isinstance(names, list) else (),
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a folder, {} when it has none, or one that is no JSON object.
+
+    Args:
+        folder: such as a Hugging Face snapshot or a run directory.
+
+    Raises:
+        WeightsError: when the file is not readable as JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(
+            f"{path} is not readable as JSON ({error}); mend it, or name a file with --weights FILE."
+        ) from error
+    return config if isinstance(config, dict) else {}
 
 
 def _with_config(arch: Arch, tag: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Arch:
@@ -217,22 +256,43 @@ def _with_tag(arch: Arch, tag: str, name: str) -> Arch:
     return replace(arch, tag=tag, config=known_tags(arch.name)[tag])
 
 
-def _stem(name: str) -> str:
-    """The file name without an accepted suffix, "" when it has none."""
+def published_name(arch: Arch) -> str:
+    """Return the name of the network's published file, "" when that does not tell which network it is.
+
+    Names such as checkpoint.pth are shared by many; only a hash or the network's own name tells them apart.
+
+    Args:
+        arch: the network.
+    """
+    name = weights_url(arch.config)[1]
+    return name if stem_of(name) and (re.search(r"-[0-9a-f]{8,}\.", name) or arch.name in name) else ""
+
+
+def stem_of(name: str) -> str:
+    """Return a file name without its suffix, "" when that is none of a weight file's.
+
+    Args:
+        name: of a file.
+    """
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def _stem_fits(path: Path, arch: Arch) -> bool:
-    stem = path.name if path.is_dir() else _stem(path.name)
+    stem = path.name if path.is_dir() else stem_of(path.name)
     return re.match(rf"^{re.escape(arch.name)}([-.].*)?$", stem) is not None
 
 
-def _tag_of(stem: str, arch: Arch) -> str | None:
-    """The pretrained tag that a file's stem states, by name or as the published file of that tag."""
+def tag_of(stem: str, arch: Arch) -> str | None:
+    """Return the pretrained tag that a file's stem states, by name or as the published file of that tag, else None.
+
+    Args:
+        stem: the file's name without its suffix.
+        arch: the network.
+    """
     rest = stem[len(arch.name) + 1 :] if stem.startswith((f"{arch.name}.", f"{arch.name}-")) else ""
     tags = known_tags(arch.name)
     for tag in sorted(filter(None, tags), key=len, reverse=True):
-        published = _stem(weights_url(tags[tag])[1])
+        published = stem_of(weights_url(tags[tag])[1])
         if stem == published or re.match(rf"{re.escape(tag)}([-.]|$)", rest):
             return tag
     return None
@@ -243,10 +303,14 @@ def _other_tags(folder: Path, arch: Arch) -> str:
     return f"{', '.join(fitting)}, of another tag than {arch.tag}" if fitting and arch.tag else ""
 
 
-def _in_caches(arch: Arch) -> Found | None:
-    name = weights_url(arch.config)[1]
-    # names such as checkpoint.pth are shared by many networks; only a hash or the network's own name tells them apart
-    if _stem(name) and (re.search(r"-[0-9a-f]{8,}\.", name) or arch.name in name):
+def in_caches(arch: Arch) -> Found | None:
+    """Return the network's weights in the torch hub cache or the Hugging Face cache, None when neither has them.
+
+    Args:
+        arch: the network.
+    """
+    name = published_name(arch)
+    if name:
         path = Path(torch.hub.get_dir()) / "checkpoints" / name
         if path.is_file():
             return Found(path, arch, f"torch hub cache, {name}")
