@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import baseline, cache, check, compare, demo, doctor, export, layers, plan, predict, report, run
+from cli import baseline, cache, check, compare, demo, doctor, export, layers, plan, predict, report, run, sweep
 from cli import eval as evaluating
 from cli import list as listing
 from cli import weights as weight_files
@@ -46,6 +46,7 @@ app = typer.Typer(
 app.command("check")(check.check_command)
 app.command("plan")(plan.plan_command)
 app.command("run")(run.run_command)
+app.command("sweep")(sweep.sweep_command)
 app.command("baseline")(baseline.baseline_command)
 app.command("layers")(layers.layers_command)
 app.command("eval")(evaluating.eval_command)

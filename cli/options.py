@@ -20,6 +20,7 @@ PANELS = {
     "Network": ("blocks", "shortcut", "hidden", "dropout"),
     "Data": (
         "data", "data_dir", "labels", "augment", "cutout", "views", "windows", "skip_easy", "val_fraction", "limit",
+        "shots", "hold_test",
     ),
     "Training": (
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",

@@ -109,7 +109,7 @@ def stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
 
 def result_lines(summary: dict[str, Any]) -> list[str]:
     """Return a summary in a few lines for people; of uneven classes the mean recall goes first."""
-    from finetune.metrics import uneven_recall
+    from finetune.metrics import no_test, uneven_recall
 
     seconds = summary["seconds"]
     test, recall = summary["test_accuracy"], uneven_recall(summary)
@@ -120,7 +120,7 @@ def result_lines(summary: dict[str, Any]) -> list[str]:
         *first,
         f"test accuracy   {test:.2f} %  ({summary['data']['test']:,} images, read once)"
         if test is not None
-        else "test accuracy   not known: the data bring no test split",
+        else f"test accuracy   not known: {no_test(summary)}",
         f"train accuracy  {summary['train_accuracy']:.2f} %"
         + ("" if summary["val_accuracy"] is None else f", validation {summary['val_accuracy']:.2f} %"),
         f"frozen tensors  {summary['frozen_tensors']} unchanged, bit for bit"

@@ -135,7 +135,12 @@ class Entry:
             min(self.chunk_rows, self.rows - start) for number, start in enumerate(starts) if number not in self._sums
         )
 
-    def _slice(self, number: int) -> slice:
+    def holds(self, number: int) -> bool:
+        """Return whether the journal lists a chunk."""
+        return number in self._sums
+
+    def rows_of(self, number: int) -> slice:
+        """Return which rows a chunk has."""
         return slice(number * self.chunk_rows, min((number + 1) * self.chunk_rows, self.rows))
 
     def read_chunk(self, number: int) -> list[torch.Tensor] | None:
@@ -143,7 +148,7 @@ class Entry:
         sums = self._sums.get(number)
         if sums is None:
             return None
-        values = self._read_rows(self._slice(number))
+        values = self._read_rows(self.rows_of(number))
         if values is not None and [zlib.crc32(as_bytes(value)) for value in values] == sums:
             return values
         self.damaged.append(number)
@@ -174,7 +179,7 @@ class Entry:
         Raises:
             RunError: the disk is full or the folder cannot be written; the chunk does not count as written.
         """
-        start = self._slice(number).start
+        start = self.rows_of(number).start
         try:
             for index, (value, size) in enumerate(zip(values, self.row_bytes, strict=True)):
                 with self._tensor(index).open("r+b") as file:

@@ -38,7 +38,7 @@ def line_chart(key: str, name: str, unit: str, rows: Sequence[dict[str, Any]]) -
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = _grid(levels, y)
+    parts = grid_lines(levels, y)
     for epoch in whole_ticks(epochs[0], epochs[-1]):
         parts.append(f'<text x="{x(epoch):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{epoch}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">epoch</text>')
@@ -91,7 +91,7 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = _grid(levels, y)
+    parts = grid_lines(levels, y)
     for mark in marks:
         parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{mark:,.0f}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
@@ -110,12 +110,12 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
     )
 
 
-def _grid(levels: Sequence[float], y: Callable[[float], float]) -> list[str]:
-    """Return a grid line and its value for each level."""
+def grid_lines(levels: Sequence[float], y: Callable[[float], float], width: int = WIDTH) -> list[str]:
+    """Return a grid line and its value for each level, in a chart of this width."""
     digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
     parts = []
     for level in levels:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
     return parts
 
@@ -154,7 +154,7 @@ def reliability_chart(lines: Sequence[tuple[str, str, Sequence[float], Sequence[
     def y(share: float) -> float:
         return bottom - share / 100 * (bottom - top)
 
-    parts = _grid([0, 20, 40, 60, 80, 100], y)
+    parts = grid_lines([0, 20, 40, 60, 80, 100], y)
     for share in (0, 20, 40, 60, 80, 100):
         parts.append(f'<text x="{x(share):.1f}" y="{bottom + 17}" text-anchor="middle">{share}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{TALL - 6}" text-anchor="middle">confidence in %</text>')

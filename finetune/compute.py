@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from finetune.images import DataSplits, ImageSet
 from finetune.machine import find_compiler, free_memory
 from finetune.memory import StepMemory, step_memory
 from finetune.models import Prepared
-from finetune.plan import MEMORY_SHARE, Placement, Plan, place
+from finetune.plan import MEMORY_SHARE, Placement, Plan, place, size
 from finetune.precision import DTYPES, Choice, choose, compile_module, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
@@ -41,12 +41,16 @@ class Computing:
         training: number format and compilation of what trains.
         placement: where features go.
         windows: what training sees of each feature map; None is all of it.
+        left: bytes of memory that training leaves for features; None where it does not take from them.
+        held: features that are in memory already, by key.
     """
 
     prefix: PreparedPrefix | None
     training: Choice
     placement: Placement
     windows: Windows | None = None
+    left: int | None = None
+    held: Mapping[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def compile_seconds(self) -> float:
@@ -65,7 +69,7 @@ class Computing:
         if self.prefix is None:
             raise ValueError("an uncut model has no features")
         limit = parse_bytes(recipe.cache_limit, "--cache-limit")
-        return FeatureBuilder(self.prefix, self.placement, cache_folder(recipe), limit, events)
+        return FeatureBuilder(self.prefix, self.placement, cache_folder(recipe), limit, events, held=self.held)
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -82,6 +86,7 @@ def decide(
     device: torch.device,
     events: Events,
     choices: dict[str, Any] | None,
+    held: Mapping[str, list[torch.Tensor]],
 ) -> tuple[Computing, Plan]:
     """Choose number formats, compilation and places, by measurement, and plan the run.
 
@@ -94,6 +99,7 @@ def decide(
         device: where it runs.
         events: told what is being measured.
         choices: what a resumed run had chosen; None measures or remembers.
+        held: features that are in memory already, by key.
 
     Raises:
         UsageError: features do not fit where they were asked to be.
@@ -117,12 +123,14 @@ def decide(
     pick_training = _picker(only, prepared, device, events, choices)
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training)
     memory = memories[training.precision]
-    placement, missing, held = _place(recipe, data, views, prefix, memory.left(batch))
-    memory.require_beside(placement, batch)
+    left = memory.left(batch)
+    placement, missing, on_disk = _place(recipe, data, views, prefix, left, held)
+    if not held:
+        memory.require_beside(placement, batch)
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
-    computing = Computing(prefix, training, placement, windows)
-    return computing, make_plan(recipe, data, prepared, cut, computing, device, missing, held, cache_folder(recipe))
+    computing = Computing(prefix, training, placement, windows, left, held)
+    return computing, make_plan(recipe, data, prepared, cut, computing, device, missing, on_disk, cache_folder(recipe))
 
 
 def _picker(
@@ -251,11 +259,17 @@ def _choose_training(
 
 
 def _place(
-    recipe: Recipe, data: DataSplits, views: Views, prefix: PreparedPrefix | None, left: int | None
+    recipe: Recipe,
+    data: DataSplits,
+    views: Views,
+    prefix: PreparedPrefix | None,
+    left: int | None,
+    in_memory: Mapping[str, list[torch.Tensor]],
 ) -> tuple[Placement, tuple[int, int], int]:
     """Return where features go, the rows to be computed (of train and validation, of the test), and the bytes there.
 
     Without a --memory-budget, features in memory take no more than training leaves (`left` bytes; None is no limit).
+    What is `in_memory` already takes no more of it.
     """
     if prefix is None:
         return Placement("uncut", False, 0, ""), (0, 0), 0
@@ -264,6 +278,11 @@ def _place(
     needed = held = 0
     fresh = recipe.augment == "crop" and views.count == recipe.epochs
     absent = []
+    there = Computing(prefix, prefix.choice, Placement("ram", False, 0, ""), held=in_memory).builder(recipe, Events())
+    if all(there.holds(split, view) for split, view in learned):
+        needed = sum(row.bytes for row in prefix.prefix.rows) * sum(len(split) * view.count for split, view in learned)
+        placement = Placement("ram", False, needed, f"{size(needed)} in memory, shared with other runs")
+        return placement, (0, len(data.test or ())), 0
     for made, splits in ((prefix, learned), (prefix.for_test, [(data.test, plain)] if data.test is not None else [])):
         row_bytes = sum(row.bytes for row in made.prefix.rows)
         builder = Computing(made, made.choice, Placement("ram", True, 0, "")).builder(recipe, Events())

@@ -49,6 +49,7 @@ def load_data(
     image_size: int = 224,
     val_fraction: float = 0.1,
     limit: int | None = None,
+    shots: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     download: bool = True,
@@ -62,6 +63,7 @@ def load_data(
         image_size: side to which folders of images are decoded; other data keep their size.
         val_fraction: share of the training images held out for validation, unless the data bring a validation split.
         limit: how many training images to keep, stratified, after the validation images are taken; None for all.
+        shots: how many training images of every class to keep, of those within the limit; None for all.
         seed: decides which images are held out and kept.
         progress: called as progress(what, done, total) while images are decoded or drawn.
         download: fetch CIFAR by name when it is nowhere.
@@ -75,7 +77,7 @@ def load_data(
     """
     check_settings(val_fraction=val_fraction, limit=limit)
     raw = read_data(data, data_dir=data_dir, labels=labels, image_size=image_size, progress=progress, download=download)
-    return make_splits(raw, val_fraction=val_fraction, limit=limit, seed=seed)
+    return make_splits(raw, val_fraction=val_fraction, limit=limit, shots=shots, seed=seed)
 
 
 def read_data(

@@ -68,7 +68,9 @@ def choose_images(
             return _with_labels_of(trained, raw, raw.train, learned, (note, *notes))
         learned, notes = _learned(trained, splits, size, events)
         return _with_labels_of(trained, raw, _required(splits.test, raw, split), learned, notes)
-    splits = make_splits(raw, val_fraction=recipe.val_fraction, limit=recipe.limit, seed=recipe.seed)
+    splits = make_splits(
+        raw, val_fraction=recipe.val_fraction, limit=recipe.limit, shots=recipe.shots, seed=recipe.seed
+    )
     if split == "train":
         return _with_labels_of(trained, raw, splits.train, None)
     return _with_labels_of(trained, raw, _required(splits.val, raw, split), splits.train)

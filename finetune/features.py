@@ -168,7 +168,7 @@ def compute_view(
                 reading.append(disk.submit(entry.read_chunk, number + len(reading)))
             values = reading.popleft().result() if entry else None
             if values is None:
-                values = _compute_rows(prefix, data, views, view, start, stop)
+                values = compute_rows(prefix, data, views, view, start, stop)
                 if entry:
                     entry.write_chunk(number, values)
             for target, value in zip(in_ram, values, strict=False):
@@ -179,7 +179,8 @@ def compute_view(
     return in_ram or entry.mapped() if entry else in_ram
 
 
-def _compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
+def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
+    """Return the stored crossing tensors of one view of the images from `start` to before `stop`, on the CPU."""
     rows = torch.arange(start, stop)
     images = views.apply(data.images[start:stop], rows, torch.full_like(rows, view))
     return [to_stored(value).cpu() for value in prefix(images)]

@@ -29,7 +29,7 @@ from finetune.order import epoch_batches, epoch_seed
 from finetune.recipe import Recipe
 from finetune.skipping import Skipping
 from finetune.windows import Windows
-from weights.errors import TrainingError
+from weights.errors import DivergedError
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Trainer:
             many were seen); None when stopped.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            DivergedError: the loss is no longer finite.
         """
         self.suffix.train()
         torch.manual_seed(epoch_seed(self.recipe.seed, epoch))
@@ -258,10 +258,10 @@ def require_finite(loss: torch.Tensor, step: int, lr: float) -> None:
     """Stop a run whose loss is NaN or infinite.
 
     Raises:
-        TrainingError: with the step (counted from 1), the learning rate and what to do.
+        DivergedError: with the step (counted from 1), the learning rate and what to do.
     """
     if not math.isfinite(float(loss)):
-        raise TrainingError(
+        raise DivergedError(
             f"The training loss became {float(loss)} at step {step + 1} (learning rate {lr:.3g}); a finite loss was "
             "expected. Lower --lr or --head-lr-scale, or use --precision fp32, and run again."
         )
@@ -298,7 +298,7 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
         Whether training ended on its own; False when `listener.stop` ended it.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
     """
     patience = trainer.recipe.patience
     while progress.epoch < trainer.epochs and not trainer.over:

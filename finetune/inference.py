@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from finetune.recipe import Recipe
-from weights.errors import TrainingError
+from weights.errors import DivergedError
 
 
 class Source(Protocol):
@@ -38,7 +38,7 @@ def predict(
         batch: images at a time.
 
     Raises:
-        TrainingError: a logit is not finite, which the training loss does not show when the last step did it.
+        DivergedError: a logit is not finite, which the training loss does not show when the last step did it.
     """
     module.eval()
     parts = []
@@ -50,7 +50,7 @@ def predict(
             parts.append(logits.float().cpu())
     logits = torch.cat(parts)
     if not bool(torch.isfinite(logits).all()):
-        raise TrainingError(
+        raise DivergedError(
             "The model's predictions are not finite numbers after its last training step. Lower --lr or "
             "--head-lr-scale, or use --precision fp32, and run again."
         )

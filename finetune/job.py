@@ -9,8 +9,8 @@ timings.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,21 @@ from weights.errors import StoppedError, UsageError, WeightsError
 from weights.locate import Found
 
 Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What several runs of one process have in common, so that none of them reads, times or computes it again.
+
+    Attributes:
+        data: what `load_data` would give them.
+        choices: number formats and compilation, as `Computing.choices` returns them; None chooses them.
+        features: stored features that are in memory, by the keys of their cache entries.
+    """
+
+    data: DataSplits
+    choices: dict[str, Any] | None = None
+    features: Mapping[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,29 +99,25 @@ def plan_run(
     return prepare(recipe, watched(events or Events(), stop, words)).plan
 
 
-def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = None) -> Job:
+def prepare(
+    recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = None, shared: Shared | None = None
+) -> Job:
     """Look at data, weights and machine, and decide how everything will be computed; nothing is written but caches.
 
     Args:
         recipe: the settings.
         events: told of notes, progress and the plan.
         choices: a resumed run's choices of number format and compilation, kept instead of measured.
+        shared: what other runs of this process have read and computed already.
     """
     started = time.perf_counter()
     device = pick_device(recipe.device)
     if recipe.data not in DATA_NAMES:
         require_data(recipe.data, labels=recipe.labels)  # before weights are looked for, or even downloaded
     found = find_weights(recipe)
-    data = load_data(
-        recipe.data,
-        data_dir=recipe.data_dir,
-        labels=recipe.labels,
-        image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
-        val_fraction=recipe.val_fraction,
-        limit=recipe.limit,
-        seed=recipe.seed,
-        progress=events.progress,
-    )
+    data = shared.data if shared is not None else read_splits(recipe, found, events)
+    if recipe.hold_test:
+        data = replace(data, test=None)
     for note in data.notes:
         events.note(note)
     if recipe.patience and data.val is None:
@@ -134,13 +145,30 @@ def prepare(recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = 
         cutout=recipe.cutout,
         fill=tuple(round(255 * part) for part in prepared.preprocessing.mean),
     )
-    computing, plan = decide(recipe, data, prepared, cut, views, device, events, choices)
+    known = choices if choices is not None or shared is None else shared.choices
+    held = {} if shared is None else shared.features
+    computing, plan = decide(recipe, data, prepared, cut, views, device, events, known, held)
     plan = replace(plan, start_seconds=time.perf_counter() - started)
     if recipe.budget is not None and choices is None:  # what a resumed run has left, its checkpoint knows
         plan.require_time(recipe.budget)
         events.note(_budgeted(plan, recipe.budget))
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
+
+
+def read_splits(recipe: Recipe, found: Found, events: Events) -> DataSplits:
+    """Read the recipe's data and split them."""
+    return load_data(
+        recipe.data,
+        data_dir=recipe.data_dir,
+        labels=recipe.labels,
+        image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
+        val_fraction=recipe.val_fraction,
+        limit=recipe.limit,
+        shots=recipe.shots,
+        seed=recipe.seed,
+        progress=events.progress,
+    )
 
 
 def _require_classes(found: Found, data: DataSplits) -> None:

@@ -78,6 +78,12 @@ def uneven_recall(summary: Mapping[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
+def no_test(summary: Mapping[str, Any]) -> str:
+    """Return why a run's summary has no test accuracy."""
+    held = summary["data"].get("test_sha256") is not None
+    return "the test images were left unread (--hold-test)" if held else "the data bring no test split"
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How far confidence can be believed, by bins of confidence.

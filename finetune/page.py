@@ -36,6 +36,7 @@ svg text { font-size: 12px; fill: var(--soft); }
 .a { stroke: var(--a); fill: none; stroke-width: 2; }
 .b { stroke: var(--b); fill: none; stroke-width: 2; stroke-dasharray: 6 3; }
 .s { fill: none; stroke-width: 2; }
+circle.s { stroke-dasharray: none; fill: var(--page); } circle.front { stroke-width: 5; }
 .s0 { stroke: var(--a); } .s1 { stroke: var(--b); stroke-dasharray: 7 3; }
 .s2 { stroke: var(--c); stroke-dasharray: 2 3; }
 .s3 { stroke: var(--d); stroke-dasharray: 10 3 2 3; } .s4 { stroke: var(--e); stroke-dasharray: 4 4; }

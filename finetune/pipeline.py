@@ -26,7 +26,7 @@ from finetune.events import Events
 from finetune.fit import Listener, Progress, Split, Trainer, fit
 from finetune.images import ImageSet
 from finetune.inference import Source
-from finetune.job import Job, Stop, prepare, watched
+from finetune.job import Job, Shared, Stop, prepare, watched
 from finetune.layers import require_unchanged
 from finetune.memory import exhaustion_explained
 from finetune.precision import compile_module
@@ -39,7 +39,12 @@ from weights.errors import StoppedError
 
 
 def run(
-    recipe: Recipe, output: Path | None = None, *, events: Events | None = None, stop: Stop = lambda: False
+    recipe: Recipe,
+    output: Path | None = None,
+    *,
+    events: Events | None = None,
+    stop: Stop = lambda: False,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a model and write its run directory.
 
@@ -48,6 +53,7 @@ def run(
         output: the run directory; None makes the next free one under runs/.
         events: told of notes, progress, the plan and epochs; silent when None.
         stop: asked before each step and after each chunk of features; True ends the run so that it can be resumed.
+        shared: what other runs of this process have read and computed already.
 
     Returns:
         The summary, as in summary.json, with the run directory's path under "output".
@@ -66,7 +72,7 @@ def run(
     if output is not None:
         require_empty(output)  # again when it is made: this only spares the wait
     words = "Stopped before the run began; nothing was written, so start it again."
-    job = prepare(recipe, watched(events, stop, words))
+    job = prepare(recipe, watched(events, stop, words), shared=shared)
     name = f"{job.prepared.arch.name}-{job.data.name}"
     with create_run_directory(output, name) as directory:
         # What follows from other settings stays auto, for whoever changes those.
@@ -75,13 +81,16 @@ def run(
         return _carry_out(job, directory, None, events, stop, started)
 
 
-def resume(path: Path, *, events: Events | None = None, stop: Stop = lambda: False) -> dict[str, Any]:
+def resume(
+    path: Path, *, events: Events | None = None, stop: Stop = lambda: False, shared: Shared | None = None
+) -> dict[str, Any]:
     """Go on with a run that was stopped or killed, to the result it would have had.
 
     Args:
         path: its run directory.
         events: as for `run`.
         stop: as for `run`.
+        shared: as for `run`.
 
     Returns:
         The summary. A finished run's is returned as it stands.
@@ -101,7 +110,8 @@ def resume(path: Path, *, events: Events | None = None, stop: Stop = lambda: Fal
             return {**summary, "output": str(path)}
         state = directory.read_checkpoint()
         words = f"Stopped; go on with: finetune run --resume {path}"
-        job = prepare(recipe, watched(events, stop, words), choices=None if state is None else state["choices"])
+        choices = None if state is None else state["choices"]
+        job = prepare(recipe, watched(events, stop, words), choices=choices, shared=shared)
         if state is not None:
             checkpoint.require_same(path, state, job.recipe, job.data, job.prepared)
         return _carry_out(job, directory, state, events, stop, started)

@@ -37,6 +37,7 @@ class PreparedPrefix:
         identity: ingredients of the cache key that describe the computation.
         folded: how many batch norms were folded.
         exact: its twin in fp32, eager, for the test split; None when it is that itself.
+        graph: what runs, in its number format, eager: to be merged with the prefixes of other cuts.
     """
 
     prefix: Prefix
@@ -44,6 +45,7 @@ class PreparedPrefix:
     identity: dict[str, Any]
     folded: int
     exact: PreparedPrefix | None = None
+    graph: nn.Module | None = None
 
     @property
     def for_test(self) -> PreparedPrefix:
@@ -102,7 +104,8 @@ def prepare_prefix(
         device=device,
         rows=tuple(RowShape(tuple(value.shape[1:]), choice.dtype) for value in exact),
     )
-    ready = PreparedPrefix(prefix, choice, _identity(cut.prefix, prefix, choice, count), count)
+    identity = _identity(cut.prefix, prefix, choice, count)
+    ready = PreparedPrefix(prefix, choice, identity, count, graph=twins.module(choice.precision))
     if choice.precision == "fp32" and not choice.compiled:
         return ready
     precise = replace(choice, precision="fp32", compiled=False, rate=choice.exact_rate)

@@ -99,6 +99,10 @@ class Recipe:
         0.1, "Share of train held out for validation when the data bring none; 0 trains on all."
     )
     limit: int | None = _setting(None, "Use only this many training images, the same share of every class.")
+    shots: int | None = _setting(None, "Use only this many training images of every class.")
+    hold_test: bool = _setting(
+        False, "Leave the test images unread while settings are still being chosen; finetune eval reads them."
+    )
     seed: int = _setting(0, "Seed of everything random.")
     device: str = _setting(AUTO, "auto, cpu, cuda, cuda:N or mps.")
     precision: str = _setting(
@@ -122,7 +126,9 @@ LARGEST_RATE = 1e37
 DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
 PATHS = ("data_dir", "weights_dir", "cache_dir")
 # Settings that say where to look or how to compute, not what is learned: left out of checkpoints' metadata.
-PLACES = ("data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device")
+PLACES = (
+    "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device", "hold_test",
+)  # fmt: skip
 
 
 def check(recipe: Recipe) -> None:
@@ -136,7 +142,7 @@ def check(recipe: Recipe) -> None:
         if choices and value not in choices:
             near = near_matches(str(value), choices) or "."
             raise UsageError(f"{flag(item.name)} is '{value}'{near} It can be {', '.join(choices)}.")
-    for name in ("image_size", "epochs", "batch_size", "views", "limit", "hidden"):
+    for name in ("image_size", "epochs", "batch_size", "views", "limit", "shots", "hidden"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} is {value}; give a whole number of at least 1.")

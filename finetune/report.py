@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.chart import line_chart, reliability_chart
 from finetune.examples import choose_examples
-from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix, uneven_recall
+from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix, no_test, uneven_recall
 from finetune.page import bar, contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration, size
 from finetune.predictions import Predictions, read_predictions
@@ -111,10 +111,10 @@ def _head(summary: dict[str, Any]) -> str:
         told = f"test accuracy on {data['test']:,} images, read once at the end; loss {summary['test_loss']:.3f}"
     elif summary["val_accuracy"] is not None:
         result = f"{summary['val_accuracy']:.2f} %"
-        told = f"validation accuracy on {data['val']:,} images; the data bring no test split"
+        told = f"validation accuracy on {data['val']:,} images; {no_test(summary)}"
     else:
         result = f"{summary['train_accuracy']:.2f} %"
-        told = "training accuracy; the data bring neither a test nor a validation split, so this says little"
+        told = f"training accuracy; there are no validation images, and {no_test(summary)}, so this says little"
     if recall is not None:
         result = f"{recall:.2f} %"
         told = (

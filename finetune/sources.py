@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,7 @@ class FeatureBuilder:
         events: told of progress and damage.
         stop: asked between chunks; may raise to end the run.
         seconds: time spent so far.
+        held: by key, stored features of a view that this process has in memory already.
     """
 
     prepared: PreparedPrefix
@@ -74,6 +75,7 @@ class FeatureBuilder:
     events: Events
     stop: Callable[[], None] = lambda: None
     seconds: float = 0.0
+    held: Mapping[str, list[torch.Tensor]] = field(default_factory=dict)
     _keys: list[str] = field(default_factory=list)
 
     def entries(self, data: ImageSet, views: Views) -> list[tuple[Entry, dict[str, object]]]:
@@ -87,6 +89,10 @@ class FeatureBuilder:
             entry = Entry(folder, len(data), tuple(row.stored for row in rows), tuple(row.dtype for row in rows))
             made.append((entry, about))
         return made
+
+    def holds(self, data: ImageSet, views: Views) -> bool:
+        """Return whether all of a split's features are in memory already."""
+        return bool(self.held) and all(entry.folder.name in self.held for entry, _ in self.entries(data, views))
 
     def missing(self, data: ImageSet, views: Views) -> int:
         """Return how many rows of a split the cache does not hold."""
@@ -112,7 +118,9 @@ class FeatureBuilder:
         progress = Progressing(self.events.progress, len(data) * views.count, f"features of {name}", self.stop)
         keep = self.placement.where == "ram"
         tensors = []
-        if not self.placement.on_disk:
+        if self.holds(data, views):
+            tensors = [self.held[entry.folder.name] for entry, _ in self.entries(data, views)]
+        elif not self.placement.on_disk:
             for view in range(views.count):
                 tensors.append(
                     compute_view(self.prepared.prefix, data, views, view, entry=None, keep=True, report=progress)
@@ -136,7 +144,7 @@ class FeatureBuilder:
         progress: Progressing,
     ) -> list[torch.Tensor]:
         """Read one view through its cache entry, holding the entry's lock while it may be written."""
-        with self._locked(entry):
+        with self.locked(entry):
             entry.load_journal()
             make_room(self.cache_dir, entry.missing_rows() * sum(entry.row_bytes), self.limit, self._keys)
             entry.open(about)
@@ -148,7 +156,7 @@ class FeatureBuilder:
             )
         return tensors
 
-    def _locked(self, entry: Entry) -> AbstractContextManager[object]:
+    def locked(self, entry: Entry) -> AbstractContextManager[object]:
         """Take an entry's lock, after waiting for a run that is writing it."""
         try:
             entry.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,11 +53,13 @@ class Pile:
         return take(self.images, self.places)
 
 
-def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = None, seed: int = 0) -> DataSplits:
+def make_splits(
+    raw: RawData, *, val_fraction: float = 0.1, limit: int | None = None, shots: int | None = None, seed: int = 0
+) -> DataSplits:
     """Hold out the validation (and where needed the test) images, then limit the training images.
 
-    The order is fixed: test, validation, limit. So the validation images of a seed are the same for every limit. A
-    validation split that the data bring is used as it is, whatever `val_fraction` says.
+    The order is fixed: test, validation, limit, shots. So the validation images of a seed are the same for every limit.
+    A validation split that the data bring is used as it is, whatever `val_fraction` says.
 
     Training images are put in the order of their digests: every on-disk layout of the same images then gives the same
     run, and shares its cached features. Validation and test images keep the order in which they were found.
@@ -66,6 +68,7 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
         raw: the data set as found.
         val_fraction: share of the training images to hold out, stratified; 0 holds out none.
         limit: how many training images to keep, stratified; None keeps all. The other splits are not limited.
+        shots: how many training images of every class to keep, of those within the limit; None keeps all.
         seed: decides which images are held out and kept.
 
     Returns:
@@ -105,7 +108,32 @@ def make_splits(raw: RawData, *, val_fraction: float = 0.1, limit: int | None = 
 
     learned = _learned(train, limit, seed, notes)
     test_sha256 = None if test_digests is None else identity({"test": test_digests})
-    return DataSplits(raw.name, learned, val, test, sha256, test_sha256, tuple(notes))
+    made = DataSplits(raw.name, learned, val, test, sha256, test_sha256, tuple(notes))
+    return made if shots is None else with_shots(made, shots, seed)
+
+
+def with_shots(data: DataSplits, shots: int, seed: int) -> DataSplits:
+    """Return splits with this many training images of every class; a class that has fewer keeps them all.
+
+    Fewer shots take images of which more shots take all: those of 1 are among those of 5.
+    """
+    train = take(data.train, places_of_shots(data.train, shots, seed))
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes))
+    few = int((counts < shots).sum())
+    note = f"--shots {shots} is more than {few} of {len(counts)} classes have: all of their images are used."
+    return replace(data, train=train, notes=(*data.notes, *([note] if few else [])))
+
+
+def places_of_shots(train: ImageSet, shots: int, seed: int) -> NDArray[np.int64]:
+    """Return which images `with_shots` keeps: places in the set, in its order.
+
+    Args:
+        train: the training images.
+        shots: how many of every class.
+        seed: decides which.
+    """
+    by_class, rank, _ = _ranked(train.labels, image_digests(train), f"shots:{seed}")
+    return np.sort(by_class[rank < shots])
 
 
 def _leaks(learned: Digests, tested: Digests | None) -> list[str]:
@@ -176,6 +204,26 @@ def choose(
     Returns:
         bool (N,), True for the images taken. Fewer than `count` when `leave_one` leaves no more.
     """
+    by_class, rank, size = _ranked(labels, digests, salt)
+    standing = (rank + 0.5) / size
+    later = (rank > 0) & cover
+    order = np.lexsort((labels.numpy()[by_class], standing, later))
+    if leave_one:
+        order = order[(rank < size - 1)[order]]
+    mask = np.zeros(len(by_class), dtype=np.bool_)
+    mask[by_class[order[:count]]] = True
+    return mask
+
+
+def _ranked(
+    labels: torch.Tensor, digests: Digests, salt: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Rank the images of each class by a salted hash of their digests.
+
+    Returns:
+        int64 (N,) each: the images' places, class after class in the order of their hashes; the rank of each of these
+        in its class, from 0; the size of its class.
+    """
     start = hashlib.sha256(salt.encode() + b"\0")
     hashes = []
     for digest in digests:
@@ -185,18 +233,11 @@ def choose(
     keys = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
 
     classes = labels.numpy()
-    by_class = np.lexsort((keys, classes))  # (N,): class after class, each in the order of its hashes
+    by_class = np.lexsort((keys, classes))
     label = classes[by_class]
     sizes = np.bincount(classes)  # (K,)
     rank = np.arange(len(classes)) - (np.cumsum(sizes) - sizes)[label]
-    standing = (rank + 0.5) / sizes[label]
-    later = (rank > 0) & cover
-    order = np.lexsort((label, standing, later))
-    if leave_one:
-        order = order[(rank < sizes[label] - 1)[order]]
-    mask = np.zeros(len(classes), dtype=np.bool_)
-    mask[by_class[order[:count]]] = True
-    return mask
+    return by_class, rank, sizes[label]
 
 
 def take(images: ImageSet, places: Sequence[int] | NDArray[np.int64]) -> ImageSet:

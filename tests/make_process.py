@@ -78,7 +78,7 @@ def _command(folder: Path, words: tuple[str, ...], threads: int, prepare: Callab
 def log_rows(path: Path, chunk_bytes: int) -> None:
     """Make chunks small, and append the number of rows to a file whenever the prefix has computed some."""
     cache.CHUNK_BYTES = chunk_bytes
-    compute = features._compute_rows
+    compute = features.compute_rows
 
     def logged(*arguments: Any) -> Any:
         rows = compute(*arguments)
@@ -86,7 +86,7 @@ def log_rows(path: Path, chunk_bytes: int) -> None:
             file.write(f"{len(rows[0])}\n")
         return rows
 
-    features._compute_rows = logged
+    features.compute_rows = logged
 
 
 def rows_logged(path: Path) -> int:

@@ -124,6 +124,19 @@ def test_both_candidates_train_a_network_from_scratch(
     assert scratch.row("vgg16", rates)[-2:] == ["", ""]
 
 
+def test_a_sweep_stands_beside_its_single_runs(whole_job: Any) -> None:
+    benchmark = importlib.import_module("sweep")
+    args = argparse.Namespace(arch="resnet18", data="D", limit=100, every_test=False)
+    alone = [{"name": "fc, 0.1", "seconds": seconds, "peak": 1.0, "val_accuracy": 50.0} for seconds in (60.0, 140.0)]
+    runs = [{"name": "fc-lr0.1", "seconds": 20.0, "val_accuracy": None}, {**alone[0], "seconds": 10.0}]
+    measured = {"sweep": {"seconds": 90.0, "peak": 2.0, "runs": runs, "features": 30.0}, "alone": alone}
+    text = benchmark.told(args, [measured])
+    assert "less than 50 %: reached. Memory at its peak: sweep 2.0 GiB, single runs 1.0 GiB." in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    assert ["sweep", "90", "45 %"] in rows
+    assert ["fc, 0.1", "60", "20", "50.00 %", "diverged"] in rows
+
+
 def test_a_process_that_fails_says_why(whole_job: Any) -> None:
     run_process = importlib.import_module("record").run_process
     with pytest.raises(SystemExit, match=r"ended with 3:\nno luck"):

@@ -10,7 +10,7 @@ import torch
 from make_data import make_images
 
 from finetune.images import ImageSet, RawData
-from finetune.splits import choose, identity, image_digests, make_splits, take
+from finetune.splits import choose, identity, image_digests, make_splits, places_of_shots, take, with_shots
 from weights.errors import UsageError
 
 
@@ -81,6 +81,24 @@ def test_another_seed_is_another_choice() -> None:
     assert contents(first.val) != contents(second.val)
     assert contents(first.train) != contents(second.train)
     assert first.sha256 == second.sha256
+
+
+def test_shots_are_nested_and_the_same_images_of_whatever_set_they_are_drawn() -> None:
+    images = of_sizes(30, 30, 4)
+    whole, few, more = (make_splits(raw(images), val_fraction=0.1, shots=shots) for shots in (None, 2, 5))
+    assert counts(few.train) == [2, 2, 2]
+    assert counts(more.train)[:2] == [5, 5]
+    assert counts(more.train)[2] == counts(whole.train)[2] < 5
+    assert contents(few.train) < contents(more.train) < contents(whole.train)
+    assert contents(few.val) == contents(whole.val)
+    assert few.sha256 == whole.sha256
+    assert more.notes[-1] == "--shots 5 is more than 1 of 3 classes have: all of their images are used."
+    assert few.notes == whole.notes
+    derived = with_shots(whole, 2, 0)
+    assert image_digests(derived.train) == image_digests(few.train), "the same images in the same order"
+    places = places_of_shots(more.train, 2, 0)
+    assert image_digests(take(more.train, places)) == image_digests(few.train)
+    assert contents(with_shots(whole, 2, 1).train) != contents(few.train)
 
 
 def test_validation_is_the_same_for_every_limit_and_limits_are_nested() -> None:

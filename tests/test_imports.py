@@ -117,9 +117,11 @@ QUICK = (
     ["cache", "--help"],
     ["plan", "--help"],
     ["check", "--help"],
+    ["sweep", "--help"],
     ["run", "--epochs", "0"],
     ["plan", "--epochs", "0"],
     ["run", "--optimizer", "sdg"],
+    ["sweep", "--lr", "0.1,fast"],
     ["run", "--no-such-flag"],
     ["run", "--resume", "r", "--lr", "1"],
 )
@@ -136,4 +138,4 @@ def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
         "    print(code, *[name for name in ('torch', 'timm', 'torchvision', 'numpy', 'PIL') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == ["0"] * 7 + ["2"] * 5
+    assert done.stdout.splitlines() == ["0"] * 8 + ["2"] * 6

@@ -71,13 +71,13 @@ def done(place: Path) -> Done:
 def rows_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the batches that the prefix is given from here on."""
     seen: list[int] = []
-    compute = features._compute_rows
+    compute = features.compute_rows
 
     def spy(*arguments: Any) -> list[torch.Tensor]:
         seen.append(arguments[5] - arguments[4])
         return compute(*arguments)
 
-    monkeypatch.setattr(features, "_compute_rows", spy)
+    monkeypatch.setattr(features, "compute_rows", spy)
     return seen
 
 

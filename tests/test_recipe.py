@@ -33,7 +33,7 @@ OTHER: dict[str, Any] = {
     "views": 4, "windows": "on", "skip_easy": 0.5, "val_fraction": 0.25,
     "keep_head": True, "blocks": ("1", "2"), "shortcut": "A", "hidden": 64, "dropout": 0.1, "budget": "20m",
     "limit": 100, "seed": 7, "device": "cpu", "precision": "bf16", "compile": "on", "cache": "disk",
-    "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB",
+    "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB", "shots": 5, "hold_test": True,
 }  # fmt: skip
 """A value for every setting that is not its default."""
 

@@ -4,7 +4,8 @@
     ├── UsageError               exit 2   an option or name that cannot be right, whatever is on disk
     ├── WeightsError             exit 1   weights that are missing, damaged, unsafe or of another network
     ├── DataError                exit 1   data that are missing, damaged or not what they seem
-    ├── TrainingError            exit 1   a run that cannot go on: NaN, a frozen tensor that moved
+    ├── TrainingError            exit 1   a run that cannot go on: a frozen tensor that moved, memory that ran out
+    │   └── DivergedError        exit 1   its loss or its predictions are no finite numbers any more
     ├── RunError                 exit 1   a run directory that cannot be used, resumed or written
     └── StoppedError             exit 130 a run that was asked to stop (Ctrl-C, SIGTERM); it can be resumed
 
@@ -40,6 +41,10 @@ class DataError(FinetuneError):
 
 class TrainingError(FinetuneError):
     """A run that must not go on: a loss that is NaN, or a frozen tensor that moved."""
+
+
+class DivergedError(TrainingError):
+    """A run whose loss or predictions are no finite numbers any more: these settings do not train this model."""
 
 
 class RunError(FinetuneError):
