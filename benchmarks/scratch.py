@@ -100,9 +100,9 @@ def ours(part: Path, arch: str, batch: int, compile_mode: str) -> float:
 
     tune_allocator()  # as the command does, before torch is imported
 
-    from finetune.baseline import baseline_recipe
     from finetune.events import Events
     from finetune.pipeline import run
+    from finetune.scratch import baseline_recipe
     from weights.errors import StoppedError
 
     rates: list[float] = []

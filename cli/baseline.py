@@ -9,30 +9,25 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines
-from cli.options import recipe_options, without_auto
+from cli.options import Config, recipe_options, without_auto
 from cli.report import show
 from cli.run import carry_out, only_resume, result_lines, stop_on_signals
 from finetune.recipe import check, to_toml
-
-OURS = ("train_layers", "head_lr_scale", "allow_missing", "keep_head", "windows", "arch")
-BY_RECIPE = (
-    "weights", "image_size", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "schedule", "label_smoothing",
-    "augment",
-)  # fmt: skip
+from finetune.scratch import BY_RECIPE, DECIDED, FIRST, RECIPES, choose_baseline
 
 
 def _baseline(
     settings: dict[str, Any],
     arch: Annotated[
         str | None,
-        typer.Option(help="One of our networks (finetune list), or any timm architecture.", show_default="figure1"),
+        typer.Option(help="One of our networks (finetune list), or any timm architecture.", show_default=FIRST),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             help="fast is ours; assignment is what the assignments prescribe.",
             metavar="fast|assignment",
-            show_default="fast",
+            show_default=RECIPES[0],
         ),
     ] = None,
     show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the settings, train nothing.")] = False,
@@ -40,6 +35,7 @@ def _baseline(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this directory.", show_default=False)
     ] = None,
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")] = False,
 ) -> None:
@@ -50,12 +46,10 @@ def _baseline(
 
     Example: finetune baseline --arch figure1 --data cifar100
     """
-    from finetune.baseline import baseline_recipe
-
     if resume is not None:
         named = {name: value for name, value in (("arch", arch), ("recipe", recipe)) if value is not None}
-        only_resume({**settings, **named}, output, None)
-    chosen = baseline_recipe(arch or "figure1", recipe or "fast", without_auto(settings))
+        only_resume({**settings, **named}, output, config)
+    chosen = choose_baseline(arch, recipe, without_auto(settings), config)
     check(chosen)
     if show_recipe:
         print(to_toml(chosen), end="")
@@ -67,4 +61,6 @@ def _baseline(
         show(Path(summary["output"]) / "report.html")
 
 
-baseline_command = recipe_options(_baseline, without=OURS, shown=dict.fromkeys(BY_RECIPE, "by the recipe"))
+baseline_command = recipe_options(
+    _baseline, without=(*DECIDED, "arch"), shown=dict.fromkeys(BY_RECIPE, "by the recipe")
+)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,11 +25,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from finetune.events import Pace, epoch_line
+
 if TYPE_CHECKING:
     from finetune.plan import Plan
 
 WIDEST, LEAST = 40, 20  # columns of a LongTable beside the first one, and the first one: what is longer is folded
-PLAIN_SECONDS = 10.0  # a pipe gets a line of progress this often: a log of an hour stays below 400 lines
 
 
 class Screen:
@@ -46,8 +46,7 @@ class Screen:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._what = ""
-        self._told = 0.0
-        self._began = 0.0
+        self._pace = Pace()
 
     def __enter__(self) -> Screen:
         return self
@@ -78,24 +77,17 @@ class Screen:
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Print a finished epoch's figures."""
         self._end_bar()
-        val = "" if row["val_accuracy"] is None else f"  val {row['val_accuracy']:.2f} % loss {row['val_loss']:.3f}"
-        self.console.print(
-            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train {row['train_accuracy']:.2f} % loss "
-            f"{row['train_loss']:.3f}{val}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s",
-            markup=False,
-        )
+        self.console.print(epoch_line(row, epochs), markup=False)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far something has come."""
         if what != self._what:
             self._end_bar()
-            self._what, self._began, self._told = what, time.monotonic(), time.monotonic()
+            self._what = what
         if self.live:
             self._show_bar(what, done, total)
-        elif total and done < total and time.monotonic() - self._told > PLAIN_SECONDS:
-            self._told = time.monotonic()
-            left = (self._told - self._began) * (total - done) / max(done, 1)
-            self.console.print(f"{what}: {done:,} of {total:,}, about {left:.0f} s left", markup=False)
+        elif (line := self._pace.line(what, done, total)) is not None:
+            self.console.print(line, markup=False)
         if total and done >= total:
             self._end_bar()
 

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import baseline, cache, check, compare, demo, doctor, export, layers, plan, predict, report, run, sweep
+from cli import baseline, cache, check, compare, demo, doctor, export, init, layers, plan, predict, report, run, sweep
 from cli import eval as evaluating
 from cli import list as listing
 from cli import weights as weight_files
@@ -44,6 +44,7 @@ app = typer.Typer(
     help="Fine-tune a pretrained image classifier: the layers that do not train are computed once.",
 )
 app.command("check")(check.check_command)
+app.command("init")(init.init_command)
 app.command("plan")(plan.plan_command)
 app.command("run")(run.run_command)
 app.command("sweep")(sweep.sweep_command)

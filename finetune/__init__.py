@@ -1,5 +1,9 @@
 """The engine: fine-tune a pretrained image classifier, computing what does not train once.
 
+    import finetune
+
+    result = finetune.run(data="photos", train_layers=["layer4", "fc"])
+
 Importing this imports neither torch nor timm. It makes `timm.create_model("finetune_figure1")` work, whichever of the
 two packages is imported first.
 """
@@ -8,7 +12,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from finetune.api import Result, baseline, resume, run
 from finetune.registration import register_networks
+from weights.errors import (
+    DataError,
+    FinetuneError,
+    RunError,
+    StoppedError,
+    TrainingError,
+    UsageError,
+    WeightsError,
+)
+
+__all__ = [
+    "DataError",
+    "FinetuneError",
+    "Result",
+    "RunError",
+    "StoppedError",
+    "TrainingError",
+    "UsageError",
+    "WeightsError",
+    "baseline",
+    "load",
+    "resume",
+    "run",
+]
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -126,6 +126,7 @@ def _carry_out(
     progress = Progress(**state["progress"]) if state else Progress()
     progress.estimate = progress.estimate or job.plan.estimate()
     before = replace(progress)
+    directory.open_log(recipe.log, progress.rows)
 
     def stop_now() -> None:
         if stop():

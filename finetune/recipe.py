@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from finetune.tensorboard import require_log
 from weights.errors import UsageError, near_matches
 
 AUTO = "auto"
@@ -119,15 +120,21 @@ class Recipe:
     memory_budget: str | None = _setting(
         None, "Most memory for features; auto is 60 % of what is free. More is read from disk."
     )
+    log: str = _setting(
+        "none",
+        "tensorboard: each epoch's figures for TensorBoard too, in the run directory; needs the extra of that name.",
+        choices=("none", "tensorboard"),
+    )
 
 
 # Optimisers multiply learning rate and weight decay and divide by as little as 1 - 0.9; float32 ends at 3.4e38.
 LARGEST_RATE = 1e37
 DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
 PATHS = ("data_dir", "weights_dir", "cache_dir")
-# Settings that say where to look or how to compute, not what is learned: left out of checkpoints' metadata.
+# Settings that say where to look, how to compute or what to log, not what is learned: not in checkpoints' metadata.
 PLACES = (
     "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device", "hold_test",
+    "log",
 )  # fmt: skip
 
 
@@ -190,6 +197,7 @@ def check(recipe: Recipe) -> None:
         parse_seconds(recipe.budget, "--budget")
     if recipe.memory_budget is not None:
         parse_bytes(recipe.memory_budget, "--memory-budget")
+    require_log(recipe.log)
 
 
 def peak_rate(recipe: Recipe) -> float:
@@ -292,6 +300,11 @@ def from_table(table: dict[str, Any], where: str) -> Recipe:
     Raises:
         UsageError: an unknown name (near matches are offered) or a value of the wrong type.
     """
+    return Recipe(**typed_settings(table, where))
+
+
+def typed_settings(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return TOML values as the recipe has them, only those that are there; arguments and errors as `from_table`."""
     known = {item.name: item for item in dataclasses.fields(Recipe)}
     values: dict[str, Any] = {}
     for name, value in table.items():
@@ -300,7 +313,20 @@ def from_table(table: dict[str, Any], where: str) -> Recipe:
                 f"{where} has an unknown setting '{name}'{near_matches(name, known) or '; delete that line.'}"
             )
         values[name] = _typed(known[name], value, where)
-    return Recipe(**values)
+    return values
+
+
+KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "tuple": 'a list of texts: ["a", "b"]',
+    "Path": "a path in quotes", "str": "text in quotes",
+}  # fmt: skip
+
+
+def kind_of(item: dataclasses.Field[Any]) -> str:
+    """Return what a setting's value is in a recipe file, in words: 'a whole number, or "auto"'."""
+    kind = str(item.type)
+    words = next(words for name, words in KINDS.items() if kind.startswith(name))
+    return f'{words}, or "{AUTO}"' if "None" in kind else words
 
 
 def _typed(item: dataclasses.Field[Any], value: Any, where: str) -> Any:
@@ -308,26 +334,21 @@ def _typed(item: dataclasses.Field[Any], value: Any, where: str) -> Any:
     kind = str(item.type)
     if value == AUTO and "None" in kind:
         return None
-    wanted = "text"
     if kind.startswith("int"):
-        wanted = "a whole number"
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif kind.startswith("float"):
-        wanted = "a number"
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     elif kind.startswith("tuple"):
-        wanted = "a list of texts"
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             return tuple(value)
     elif kind == "bool":
-        wanted = "true or false"
         if isinstance(value, bool):
             return value
     elif isinstance(value, str):
         return Path(value) if kind.startswith("Path") else value
-    raise UsageError(f"{where} has {item.name} = {value!r}; it must be {wanted}.")
+    raise UsageError(f"{where} has {item.name} = {value!r}; it must be {kind_of(item)}.")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import errno
 import json
 import pickle
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from finetune.recipe import Recipe, from_table, read_toml, to_toml
+from finetune.tensorboard import TensorBoard
 from weights.errors import RunError
 from weights.save import write_atomically
 
 RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 MODEL, CONFIG, PREDICTIONS, LOCK = "model.safetensors", "config.json", "predictions.safetensors", ".lock"
+TENSORBOARD = "tensorboard"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no more of this user's share, no larger file
 
@@ -38,6 +40,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path, self.new = path, new
+        self._log: TensorBoard | None = None
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def __enter__(self) -> RunDirectory:
@@ -59,9 +62,15 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._unlock()
+        try:
+            self._close_log(error)
+        finally:
+            self._unlock()
+        begun = (self.path / RECIPE).is_file()
+        if begun and isinstance(error, KeyboardInterrupt):  # only without the command line, which catches the signal
+            error.add_note(f"What was finished is kept: finetune.resume({str(self.path)!r}) goes on.")
         full = isinstance(error, RunError) and isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
-        if full and (self.path / RECIPE).is_file():
+        if full and begun:
             raise RunError(
                 f"{str(error).rstrip('.')}. What was finished is kept: go on with finetune run --resume {self.path}"
             ) from error
@@ -76,10 +85,32 @@ class RunDirectory:
         """Write recipe.toml."""
         write_atomically(self.path / RECIPE, to_toml(recipe).encode())
 
+    def open_log(self, kind: str, rows: list[dict[str, Any]]) -> None:
+        """From here on keep the log that the recipe asks for beside metrics.jsonl, until the folder is left.
+
+        Args:
+            kind: tensorboard, or none.
+            rows: of the epochs that a resumed run has behind it.
+
+        Raises:
+            UsageError: TensorBoard is not installed.
+            RunError: the log cannot be written.
+        """
+        if kind == "tensorboard":
+            self._log = TensorBoard(self.path / TENSORBOARD, rows)
+
+    def _close_log(self, error: BaseException | None) -> None:
+        if self._log is not None:
+            with suppress(RunError) if error is not None else nullcontext():  # the first error is the one to tell
+                self._log.close()
+        self._log = None
+
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Write metrics.jsonl, a line per epoch."""
+        """Write metrics.jsonl, a line per epoch, and to the log what it lacks."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.path / METRICS, text.encode())
+        if self._log is not None:
+            self._log.write(rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json: from here on the run is finished."""

@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.augment import Preprocessing
-from finetune.baseline import NETWORK_EPOCHS, baseline_recipe
 from finetune.data import load_data
 from finetune.networks import NETWORKS
 from finetune.networks.registry import MEAN, STD
 from finetune.recipe import check
+from finetune.scratch import NETWORK_EPOCHS, baseline_recipe
 from weights.errors import UsageError
 
 

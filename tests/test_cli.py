@@ -25,7 +25,7 @@ from cli.options import PANELS
 from finetune.recipe import Recipe, flag, to_table
 
 COMMANDS = (
-    "check", "plan", "run", "sweep", "eval", "report", "layers", "demo", "cache", "cache list", "cache clear",
+    "check", "init", "plan", "run", "sweep", "eval", "report", "layers", "demo", "cache", "cache list", "cache clear",
     "weights", "weights list", "weights fetch", "weights verify", "weights convert", "doctor",
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PACKAGES = ("cli", "finetune", "weights")
 
 HOSTS = {"github.com", "keepachangelog.com", "semver.org", "www.cs.toronto.edu", "download.pytorch.org"}
-OTHER_TOOLS = {"--editable", "--check"}  # options of pip and ruff
+OTHER_TOOLS = {"--editable", "--check", "--logdir"}  # options of pip, ruff and TensorBoard
 PLACEHOLDERS = r"\b(TODO|FIXME|XXX|TBD|lorem ipsum|coming soon)\b"
 FILLERS = (
     r"\b(simply|easily|seamless(ly)?|leverag(e|es|ing)|blazing(ly)?|powerful|cutting[- ]edge|state[- ]of[- ]the)\b"

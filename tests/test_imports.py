@@ -118,11 +118,13 @@ QUICK = (
     ["plan", "--help"],
     ["check", "--help"],
     ["sweep", "--help"],
+    ["init", "--help"],
     ["run", "--epochs", "0"],
     ["plan", "--epochs", "0"],
     ["run", "--optimizer", "sdg"],
     ["sweep", "--lr", "0.1,fast"],
     ["run", "--no-such-flag"],
+    ["baseline", "--config", "none.toml"],
     ["run", "--resume", "r", "--lr", "1"],
 )
 
@@ -138,4 +140,10 @@ def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
         "    print(code, *[name for name in ('torch', 'timm', 'torchvision', 'numpy', 'PIL') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == ["0"] * 8 + ["2"] * 6
+    assert done.stdout.splitlines() == ["0"] * 9 + ["2"] * 7
+
+
+def test_the_package_starts_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "cli", "--version"], capture_output=True, text=True, cwd=ROOT)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"finetune {version}\n", "")

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "keep_head": True, "blocks": ("1", "2"), "shortcut": "A", "hidden": 64, "dropout": 0.1, "budget": "20m",
     "limit": 100, "seed": 7, "device": "cpu", "precision": "bf16", "compile": "on", "cache": "disk",
     "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB", "shots": 5, "hold_test": True,
+    "log": "tensorboard",
 }  # fmt: skip
 """A value for every setting that is not its default."""
 
@@ -92,15 +93,21 @@ def test_settings_are_documented_and_places_are_settings() -> None:
         ({"learning_rat": 1}, "recipe.toml has an unknown setting 'learning_rat'; delete that line."),
         ({"epoch": 1}, "recipe.toml has an unknown setting 'epoch'; did you mean epochs?"),
         ({"run": {"lr": 1}}, "recipe.toml has an unknown setting 'run'; delete that line."),
-        ({"epochs": 2.5}, "recipe.toml has epochs = 2.5; it must be a whole number."),
-        ({"epochs": True}, "recipe.toml has epochs = True; it must be a whole number."),
+        ({"epochs": 2.5}, 'recipe.toml has epochs = 2.5; it must be a whole number, or "auto".'),
+        ({"epochs": True}, 'recipe.toml has epochs = True; it must be a whole number, or "auto".'),
         ({"seed": "auto"}, "recipe.toml has seed = 'auto'; it must be a whole number."),
-        ({"lr": "0.1"}, "recipe.toml has lr = '0.1'; it must be a number."),
-        ({"lr": False}, "recipe.toml has lr = False; it must be a number."),
-        ({"train_layers": "layer4,fc"}, "recipe.toml has train_layers = 'layer4,fc'; it must be a list of texts."),
-        ({"train_layers": ["fc", 4]}, "recipe.toml has train_layers = ['fc', 4]; it must be a list of texts."),
-        ({"arch": 18}, "recipe.toml has arch = 18; it must be text."),
-        ({"data_dir": 1}, "recipe.toml has data_dir = 1; it must be text."),
+        ({"lr": "0.1"}, "recipe.toml has lr = '0.1'; it must be a number, or \"auto\"."),
+        ({"lr": False}, 'recipe.toml has lr = False; it must be a number, or "auto".'),
+        (
+            {"train_layers": "layer4,fc"},
+            'recipe.toml has train_layers = \'layer4,fc\'; it must be a list of texts: ["a", "b"].',
+        ),
+        (
+            {"train_layers": ["fc", 4]},
+            'recipe.toml has train_layers = [\'fc\', 4]; it must be a list of texts: ["a", "b"].',
+        ),
+        ({"arch": 18}, "recipe.toml has arch = 18; it must be text in quotes."),
+        ({"data_dir": 1}, 'recipe.toml has data_dir = 1; it must be a path in quotes, or "auto".'),
     ],
 )
 def test_wrong_tables(table: dict[str, Any], words: str) -> None:
@@ -160,6 +167,7 @@ NAN, INF = float("nan"), float("inf")
             "--views 4 goes with --augment crop only; flip has a fixed number of outcomes, and all of them are used.",
         ),
         ({"train_layers": ()}, "--train-layers is empty; name layers to train, such as head or layer4,fc, or all."),
+        ({"log": "tensorbord"}, "--log is 'tensorbord'; did you mean tensorboard? It can be none, tensorboard."),
         ({"cache_limit": "much"}, "--cache-limit is 'much'; give a size above 0 such as 500MB or 8GB."),
         ({"memory_budget": "0"}, "--memory-budget is '0'; give a size above 0 such as 500MB or 8GB."),
     ],

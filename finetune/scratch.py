@@ -7,12 +7,19 @@ in the same number of epochs. Whatever the user gives wins over either.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, read_toml, to_table, typed_settings
 from weights.errors import UsageError, near_matches
 
 RECIPES = ("fast", "assignment")
+
+DECIDED = ("train_layers", "head_lr_scale", "allow_missing", "keep_head", "windows")
+"""Settings that follow from training from scratch; nobody gives them."""
+
+FIRST = "figure1"
+"""The network of a baseline for which none is named."""
 
 NETWORK_EPOCHS = {
     "figure1": 15,
@@ -42,6 +49,9 @@ FAST: dict[str, Any] = {
 }
 """Ours: SGD with Nesterov momentum, one cycle; images shifted anew in every epoch, and mirrored in every other."""
 
+BY_RECIPE = ("epochs", *(name for name in FAST if name not in DECIDED))
+"""Settings whose defaults are the recipe's."""
+
 FAST_BY_NETWORK: dict[str, dict[str, Any]] = {
     # Without a norm behind its last stage it diverges at 0.2 in bf16.
     "identity": {"lr": 0.04},
@@ -65,6 +75,35 @@ ASSIGNMENT_BY_NETWORK: dict[str, dict[str, Any]] = {
     "vgg16": {"epochs": 1},  # from a trained checkpoint
     "resnet50_layer4": {"epochs": 1},  # likewise
 }
+
+
+def choose_baseline(arch: str | None, which: str | None, given: dict[str, Any], config: Path | None) -> Recipe:
+    """Return the settings of a from-scratch run: the recipe's, over them a recipe file's, over them the user's.
+
+    Args:
+        arch: as for `baseline_recipe`; None takes the file's, or figure1.
+        which: fast or assignment; None is fast.
+        given: settings of the user, without those that a baseline decides.
+        config: a recipe file, such as a from-scratch run's own; it need not hold everything.
+
+    Raises:
+        UsageError: no such recipe; or the file cannot be read, has an unknown setting or a wrong type, or is one of a
+            run that freezes layers.
+    """
+    which = which or RECIPES[0]
+    if config is None:
+        return baseline_recipe(arch or FIRST, which, given)
+    held = typed_settings(read_toml(config), str(config))
+    settings = {name: value for name, value in held.items() if name not in (*DECIDED, "arch")}
+    chosen = baseline_recipe(arch or held.get("arch", FIRST), which, {**settings, **given})
+    for name in DECIDED:
+        if name in held and held[name] != getattr(chosen, name):
+            found = to_table(replace(chosen, **{name: held[name]}))[name]
+            raise UsageError(
+                f"{config} has {name} = {found!r}, and a baseline has {to_table(chosen)[name]!r}; give the file to "
+                "finetune run, or write one with finetune baseline --show-recipe."
+            )
+    return chosen
 
 
 def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
