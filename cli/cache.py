@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,19 +36,27 @@ def list_command(
     if not entries:
         print_lines([f"No cached features in {folder}."])
         return
-    columns = [("key", "left"), ("size", "right"), ("last used", "left"), ("rows", "right"), ("made of", "left")]
+    columns = [("key", "left"), ("size", "right"), ("last used", "left"), ("rows", "right")]
+    columns += [("images", "left"), ("network", "left")]
     table = [
         [
             e.key[:12],
             size(e.bytes),
             datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"),
             f"{e.about.get('rows', 0):,}",
-            f"{e.about.get('view', '?')}, {e.about.get('image_size', '?')} px, {e.about.get('dtype', '?')}",
+            *_named(e.about),
         ]
         for e in entries
     ]
     print_table(str(folder), columns, table)
     print_lines(["", f"{len(entries)} entries, {size(sum(e.bytes for e in entries))}"])
+
+
+def _named(about: dict[str, Any]) -> tuple[str, str]:
+    """Return what an entry's images and network are called; entries of an older version say less."""
+    images = f"{about.get('data', '?')} {about.get('split', '')}".rstrip()
+    numbers = f"{about.get('image_size', '?')} px, {about.get('dtype', '?')}".replace("torch.", "")
+    return f"{images}, {about.get('view', '?')}", f"{about.get('arch', '?')}, {numbers}"
 
 
 @app.command("clear")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from finetune.check import Check
 
 SHOWN = 20  # classes up to which each has a line: more are in the page and in the JSON
-DEFAULT_THRESHOLD = 4  # finetune.check.THRESHOLD, which would import torch for `--help`; a test compares the two
+DEFAULT_THRESHOLD = 10  # finetune.check.THRESHOLD, which would import torch for `--help`; a test compares the two
 
 
 def check_command(

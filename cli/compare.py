@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import print_lines, print_table
+from cli.options import require_folder
 
 if TYPE_CHECKING:
     from finetune.compare import Comparison
@@ -18,29 +19,34 @@ def compare_command(
     runs: Annotated[
         list[Path], typer.Argument(help="Run directories, two or more, on the same data at the same size.")
     ],
-    output: Annotated[
-        Path | None, typer.Option(help="Write the page with curves here.", show_default="compare.html")
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", "--output", help="Write a page with curves here.", show_default="no page"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on standard output.")] = False,
 ) -> None:
     """Compare finished runs: settings, losses, accuracy, time, and why one is better.
 
-    Writes a page with the curves against epochs and against time.
+    The page shows the curves against epochs and against time.
 
-    Example: finetune compare runs/figure1-cifar100-0001 runs/resnet18-cifar100-0001
+    Example: finetune compare runs/figure1-cifar100-0001 runs/resnet18-cifar100-0001 --html compare.html
     """
     from finetune.compare import compare
-    from finetune.compare_page import write_page
 
+    if html is not None:
+        require_folder(html, "--html")
     result = compare(runs)
-    page = output or Path("compare.html")
-    write_page(page, result)
+    if html is not None:
+        from finetune.compare_page import write_page
+
+        write_page(html, result)
     if as_json:
-        print(json.dumps({**result.as_dict(), "page": str(page)}, indent=2))
+        print(json.dumps({**result.as_dict(), "page": None if html is None else str(html)}, indent=2))
         return
     print_comparison(result)
     print_equal_time(result)
-    print_lines(["", *(one.sentence for one in result.explained), f"page            {page}"])
+    print_lines(["", *(one.sentence for one in result.explained)])
+    print_lines([] if html is None else [f"page: {html}"])
 
 
 def print_comparison(result: Comparison) -> None:

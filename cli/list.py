@@ -13,18 +13,22 @@ from weights.errors import UsageError
 
 
 def list_command(
-    search: Annotated[str, typer.Option(help="Part of a name, or a pattern with *.", show_default=False)] = "",
+    name: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.", show_default=False)] = "",
+    search: Annotated[str, typer.Option(help="The same, as an option.", show_default=False)] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """List architectures: our networks, and timm's with their pretrained tags.
 
-    Example: finetune list --search resnet18
+    Example: finetune list resnet18
     """
     from finetune.catalog import catalog
 
-    found = catalog(search)
+    if name and search:
+        raise UsageError(f"finetune list got '{name}' and --search {search}; give one of the two.")
+    wanted = name or search
+    found = catalog(wanted)
     if not found:
-        raise UsageError(f"No architecture is called '{search}'; try a shorter --search, such as resnet.")
+        raise UsageError(f"No architecture is called '{wanted}'; try a shorter part of its name, such as resnet.")
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=2))
         return

@@ -83,7 +83,8 @@ class Entry:
         """Create the entry's files where absent and read its journal; call with the lock held.
 
         Args:
-            about: the key's ingredients, kept beside the features for people and for `finetune cache list`.
+            about: the key's ingredients, and what people call them, kept beside the features for
+                `finetune cache list`.
 
         Raises:
             RunError: the folder cannot be written.

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data import cannot_read
-from finetune.duplicates import BITS, Duplicates, find_duplicates
+from finetune.duplicates import BITS, Duplicates, NearPair, find_duplicates
 from finetune.findings import Finding, judge
 from finetune.images import Progress
 from finetune.originals import Originals, read_originals
 from weights.errors import UsageError
 
-THRESHOLD = 4  # of 64 bits: beyond 6, pairs of CIFAR-100 begin to be of two classes (docs/data.md)
-LARGEST_THRESHOLD = 16  # at 12 most pairs are of two classes already
+THRESHOLD = 10  # of 64 bits: at 12, most pairs that are alike in detail show two things of a kind (docs/data.md)
+LARGEST_THRESHOLD = 16  # each two bits more name several times as many candidates
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Check:
     Attributes:
         originals: the images.
         duplicates: what is there twice.
-        threshold: bits in which look-alikes may differ.
+        threshold: bits in which the hashes of look-alikes may differ.
         findings: errors first, then warnings, then notes.
     """
 
@@ -77,11 +77,11 @@ class Check:
                 "threshold": self.threshold,
                 "complete": twice.complete,
                 "leaks": [
-                    {"test": self._named(pair.second), "train": self._named(pair.first), "bits": pair.distance}
+                    {"test": self._named(pair.second), "train": self._named(pair.first), **_likeness(pair)}
                     for pair in twice.near_leaks
                 ],
                 "pairs": [
-                    {"images": [self._named(pair.first), self._named(pair.second)], "bits": pair.distance}
+                    {"images": [self._named(pair.first), self._named(pair.second)], **_likeness(pair)}
                     for pair in twice.near
                 ],
             },
@@ -90,6 +90,10 @@ class Check:
     def _named(self, image: int) -> dict[str, str]:
         found = self.originals
         return {"place": found.places[image], "split": found.split_of(image), "class": found.class_of(image)}
+
+
+def _likeness(pair: NearPair) -> dict[str, float]:
+    return {"bits": pair.distance, "likeness": round(pair.likeness, 3)}
 
 
 def check_data(

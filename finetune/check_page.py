@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.check import Check
-from finetune.page import bar, head, html_page, html_table, number, row_head, scrolling
+from finetune.page import bar, cell, contents, head, html_page, html_table, number, row_head, scrolling, section
 from weights.save import write_atomically
 
 SIDE = 96  # pixels of an example picture, at most
@@ -34,28 +34,37 @@ def write_page(path: Path, result: Check) -> None:
         RunError: the file cannot be written.
     """
     title = escape(f"{result.originals.name}: data check")
-    parts = [f"<h1>{title}</h1>", _findings(result), _leaks(result), _near(result), _identical(result)]
-    parts += [_splits(result), _classes(result), _listed(result)]
+    sections = [
+        ("findings", "Findings", _findings(result)),
+        ("leaks", "Test images that were trained on, pixel for pixel", _leaks(result)),
+        ("near", "Pictures that look alike, from training to test first", _near(result)),
+        ("identical", "The same picture more than once", _identical(result)),
+        ("splits", "Splits", _splits(result)),
+        ("classes", "Classes", _classes(result)),
+        ("unreadable", "Files that cannot be read", _listed(result)),
+    ]
+    sections = [(key, name, body) for key, name, body in sections if body]
+    parts = [f"<h1>{title}</h1>", contents((key, name) for key, name, _ in sections)]
+    parts += [section(key, name, body) for key, name, body in sections]
     write_atomically(path, html_page(title, parts).encode())
 
 
 def _findings(result: Check) -> str:
     if not result.findings:
         return "<p>Nothing was found that could spoil a result.</p>"
-    rows = "".join(f'<tr><th scope="row">{one.level}</th><td>{escape(one.text)}</td></tr>\n' for one in result.findings)
-    return f"<h2>Findings</h2>\n<table>\n{rows}</table>"
+    return html_table("", [], [[row_head(one.level), cell(escape(one.text))] for one in result.findings])
 
 
 def _leaks(result: Check) -> str:
     """Test images that are training images."""
     pairs = [(train, test) for test, train in result.duplicates.leaks]
-    return _examples(result, "Test images that were trained on, pixel for pixel", pairs, [""] * len(pairs))
+    return _examples(result, pairs, [""] * len(pairs))
 
 
 def _near(result: Check) -> str:
     pairs = [(pair.first, pair.second) for pair in result.duplicates.near]
-    bits = [f"{pair.distance} bit{'s' * (pair.distance != 1)} apart" for pair in result.duplicates.near]
-    return _examples(result, "Pictures that look alike, from training to test first", pairs, bits)
+    told = [f"likeness {pair.likeness:.2f}, {pair.distance} bits apart" for pair in result.duplicates.near]
+    return _examples(result, pairs, told)
 
 
 def _identical(result: Check) -> str:
@@ -63,11 +72,11 @@ def _identical(result: Check) -> str:
     leaked = {test for test, _ in result.duplicates.leaks}
     groups = [members for members in result.duplicates.groups if not leaked & set(members)]
     told = [f"{len(members)} times" for members in groups]
-    return _examples(result, "The same picture more than once", groups, told)
+    return _examples(result, groups, told)
 
 
-def _examples(result: Check, title: str, groups: Sequence[Sequence[int]], told: Sequence[str]) -> str:
-    """Return a section with the pictures of the first groups."""
+def _examples(result: Check, groups: Sequence[Sequence[int]], told: Sequence[str]) -> str:
+    """Return the pictures of the first groups."""
     if not groups:
         return ""
     figures = []
@@ -76,7 +85,7 @@ def _examples(result: Check, title: str, groups: Sequence[Sequence[int]], told: 
         note = f'<p class="soft" style="margin: 0">{escape(words)}</p>' if words else ""
         figures.append(f'<div>{note}<div style="{SIDE_BY_SIDE}">{pictures}</div></div>\n')
     more = f'<p class="soft">{ROWS} of {len(groups):,} are shown.</p>' if len(groups) > ROWS else ""
-    return f'<h2>{title}</h2>\n{more}<div class="pair">\n{"".join(figures)}</div>'
+    return f'{more}<div class="pair">\n{"".join(figures)}</div>'
 
 
 def _picture(result: Check, image: int) -> str:
@@ -107,19 +116,16 @@ def data_uri(picture: Image.Image) -> str:
 
 def _splits(result: Check) -> str:
     """Images, sizes and modes of each split."""
-    rows = ""
+    rows = []
     for split, counts in result.originals.counts().items():
         sizes = result.sizes(split).most_common(4)
         listed = ", ".join(f"{width} × {height} ({count:,})" for (width, height), count in sizes)
         more = len(result.sizes(split)) - len(sizes)
+        listed += f" and {more:,} more" if more else ""
         modes = ", ".join(f"{mode} ({count:,})" for mode, count in result.modes(split).most_common())
-        rows += (
-            f'<tr><th scope="row" style="white-space: nowrap">{split}</th><td class="number">{sum(counts):,}</td>'
-            f"<td>{listed}{f' and {more:,} more' if more else ''}</td><td>{escape(modes)}</td></tr>\n"
-        )
-    heads = '<tr><td></td><th scope="col" class="number">images</th><th scope="col">sizes</th>'
-    heads += '<th scope="col">modes</th></tr>\n'
-    return f'<h2>Splits</h2>\n<div class="wide"><table>\n{heads}{rows}</table></div>'
+        rows.append([row_head(split), number(f"{sum(counts):,}"), cell(listed), cell(escape(modes))])
+    heads = [head(""), head("images", number=True), head("sizes"), head("modes")]
+    return scrolling("Images of each split", html_table("", heads, rows))
 
 
 def _classes(result: Check) -> str:
@@ -138,12 +144,10 @@ def _classes(result: Check) -> str:
         ]
         for label in order
     ]
-    return f"<h2>Classes</h2>\n{scrolling('Images of each class', html_table('', heads, rows))}"
+    return scrolling("Images of each class", html_table("", heads, rows))
 
 
 def _listed(result: Check) -> str:
     """Everything that is damaged, in full."""
-    rows = "".join(
-        f"<tr><td>{escape(place)}</td><td>{escape(reason)}</td></tr>\n" for place, reason in result.originals.unreadable
-    )
-    return f"<h2>Files that cannot be read</h2>\n<table>\n{rows}</table>" if rows else ""
+    rows = [[cell(escape(place)), cell(escape(reason))] for place, reason in result.originals.unreadable]
+    return html_table("", [head("file"), head("reason")], rows) if rows else ""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import Recipe, read_toml, to_table
+from finetune.recipe import AUTO, Recipe, from_table, peak_rate, read_toml, to_table
 from finetune.rundir import METRICS, RECIPE, SUMMARY
 from weights.errors import RunError, UsageError
 
@@ -106,7 +106,7 @@ class Comparison:
 
     Attributes:
         runs: in the order given.
-        differing: settings that are not the same in all runs, with each run's value.
+        differing: settings that are not the same in all runs, with each run's value; what was used, not "auto".
         explained: the best run against each of the others; empty without a test split.
     """
 
@@ -192,8 +192,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
                     f"{first.path} and {run.path} were made on different {what} ({first.summary['data']['name']} and "
                     f"{run.summary['data']['name']}), so their results cannot be compared; give runs on the same data."
                 )
-    usual = to_table(Recipe())  # an older recipe.toml lacks settings that came later; they had no effect then
-    tables = [{name: value for name, value in {**usual, **run.settings}.items() if name not in PLACES} for run in runs]
+    tables = [_used(run.settings) for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
     differing = {name: [table.get(name) for table in tables] for name in names}
     weights = [run.summary["weights"] for run in runs]
@@ -201,6 +200,16 @@ def compare(paths: Sequence[Path]) -> Comparison:
         differing["weights"] = [one["source"] if one["sha256"] else "none" for one in weights]
     differing = {name: values for name, values in differing.items() if any(value != values[0] for value in values)}
     return Comparison(tuple(runs), differing, tuple(_explain(runs)))
+
+
+def _used(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run was trained with: recipe.toml keeps `auto` for what follows from other settings."""
+    usual = to_table(Recipe())  # an older recipe.toml lacks settings that came later; they had no effect then
+    table = {name: value for name, value in {**usual, **settings}.items() if name not in PLACES}
+    table["lr"] = peak_rate(from_table({name: table[name] for name in ("lr", "optimizer")}, RECIPE))
+    if table["augment"] == "crop" and table["views"] == AUTO:
+        table["views"] = table["epochs"]  # as many as there are epochs
+    return table
 
 
 def _explain(runs: Sequence[RunResult]) -> list[Explained]:

@@ -1,4 +1,4 @@
-"""compare.html: finished runs side by side on one page."""
+"""The page of `finetune compare`: finished runs side by side on one page."""
 
 from __future__ import annotations
 

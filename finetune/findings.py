@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finetune.duplicates import BITS, MOST_PAIRS, Duplicates, leads_to_test
+from finetune.duplicates import BITS, Duplicates, leads_to_test
 from finetune.folder import class_of
 from finetune.images import first_few
 from finetune.metrics import is_uneven
@@ -125,11 +125,10 @@ def _identical(found: Originals, twice: Duplicates, allow_leaks: bool) -> Iterab
 
 def _near(found: Originals, twice: Duplicates, threshold: int) -> Iterable[Finding]:
     """What looks alike."""
-    within = f"perceptual hashes within {threshold} of {BITS} bits"
+    within = f"perceptual hashes within {threshold} of {BITS} bits, and the same detail"
     if not twice.complete:
-        yield Finding(
-            "warning", "near", f"More than {MOST_PAIRS:,} pairs look alike ({within}); the first are kept.", ()
-        )
+        text = f"More pairs look alike ({within}) than are listed; lower --threshold."
+        yield Finding("warning", "near", text, ())
     if twice.near_leaks:
         count = len(twice.near_leaks)
         listed = [f"{found.places[pair.second]} is like {found.places[pair.first]}" for pair in twice.near_leaks]

@@ -60,8 +60,10 @@ class Progress:
         eval_seconds: evaluation time.
         prefix_seconds: time for features in processes that were stopped.
         total_seconds: time of the processes that were stopped, up to their last checkpoint.
+        saving_seconds: most time that writing a checkpoint took.
         unseen: images that the last epoch did not come to, because the time of a budget was over.
         images_seen: images trained on in all epochs.
+        out_of_time: whether the time of a budget ended training before its last step.
         estimate: what the plan expected when the run began, as in the summary.
     """
 
@@ -73,8 +75,10 @@ class Progress:
     eval_seconds: float = 0.0
     prefix_seconds: float = 0.0
     total_seconds: float = 0.0
+    saving_seconds: float = 0.0
     unseen: int = 0
     images_seen: int = 0
+    out_of_time: bool = False
     estimate: dict[str, Any] | None = None
 
 
@@ -172,6 +176,12 @@ class Trainer:
     def over(self) -> bool:
         """Whether the time of a budget is over, or all of its steps are taken."""
         return isinstance(self.schedule, PacedSchedule) and self.schedule.over
+
+    def look_at_clock(self) -> bool:
+        """Return `over` after a look at the clock, which evaluation and saving moved on as well."""
+        if isinstance(self.schedule, PacedSchedule):
+            self.schedule.look()
+        return self.over
 
     def train_epoch(
         self, split: Split, epoch: int, report: Callable[[int, int], None], stop: Callable[[], bool]
@@ -301,7 +311,7 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
         DivergedError: the loss is no longer finite.
     """
     patience = trainer.recipe.patience
-    while progress.epoch < trainer.epochs and not trainer.over:
+    while progress.epoch < trainer.epochs and not trainer.look_at_clock():
         if patience and progress.epoch - progress.best_epoch >= patience and progress.best_epoch:
             break
         epoch = progress.epoch
@@ -340,4 +350,5 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
             progress.best_loss, progress.best_epoch = val_loss, progress.epoch
         listener.save(progress, is_best)
         listener.epoch(row)
+    progress.out_of_time = trainer.over and (progress.unseen > 0 or progress.epoch < trainer.epochs)
     return True

@@ -151,7 +151,6 @@ def prepare(
     plan = replace(plan, start_seconds=time.perf_counter() - started)
     if recipe.budget is not None and choices is None:  # what a resumed run has left, its checkpoint knows
         plan.require_time(recipe.budget)
-        events.note(_budgeted(plan, recipe.budget))
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
 
@@ -187,16 +186,6 @@ def _require_classes(found: Found, data: DataSplits) -> None:
         f"{here[number]} there; give data of the same classes, or use finetune run without --keep-head, which gives "
         "them a new head."
     )
-
-
-def _budgeted(plan: Plan, budget: str) -> str:
-    """Return what --budget comes to."""
-    if plan.epochs_in_budget < plan.epochs:
-        return (
-            f"About {plan.epochs_in_budget:.1f} of {plan.epochs} epochs fit into --budget {budget}; the learning rate "
-            "comes down in time for its end."
-        )
-    return f"All {plan.epochs} epochs fit into --budget {budget}."
 
 
 def watched(events: Events, stop: Stop, words: str) -> Events:

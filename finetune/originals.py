@@ -2,9 +2,10 @@
 
 A run decodes photos to one size; here each is decoded whole. The *digest* is the SHA-256 of the upright picture's size
 and RGB pixels, so the same picture in two file formats has one digest. The *hash* is ImageHash's `phash`: 64 bits that
-say where the coarse pattern of light and dark is above its median; look-alikes differ in few of them.
+say which of the lowest frequencies are above their median; look-alikes differ in few of them. The *thumbnail* tells
+pictures that are alike in detail from those that only have the same outline.
 
-Legend: N images.
+Legend: N images, S = 32 pixels, the side of a thumbnail.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from finetune.decode import CHUNK, reason_of, set_warnings, upright
 from finetune.images import Progress, RawData
 from finetune.survey import Survey, survey_folder
 
+THUMBNAIL = 32  # S: the side at which phash looks at a picture
 PLAIN = 16
 """Grey levels between the darkest and the lightest point below which a picture has no pattern: its hash is noise."""
 
@@ -42,12 +44,14 @@ class Look:
         mode: Pillow's mode, as stored.
         digest: of the upright RGB pixels.
         hash: perceptual hash; None of a plain picture.
+        thumbnail: uint8 (S, S), grey; None of a plain picture.
     """
 
     size: tuple[int, int]
     mode: str
     digest: bytes
     hash: int | None
+    thumbnail: NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,12 @@ def look_at(image: Image.Image, size: tuple[int, int], mode: str) -> Look:
     digest.update(image.tobytes())
     grey = image.convert("L")
     darkest, lightest = grey.getextrema()
-    bits = None
-    if float(lightest) - float(darkest) >= PLAIN:  # type: ignore[arg-type]  # numbers, in mode L
-        pattern = imagehash.phash(grey).hash  # bool (8, 8)
-        bits = int.from_bytes(np.packbits(pattern).tobytes(), "big")
-    return Look(size, mode, digest.digest(), bits)
+    if float(lightest) - float(darkest) < PLAIN:  # type: ignore[arg-type]  # numbers, in mode L
+        return Look(size, mode, digest.digest(), None, None)
+    small = grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)  # phash does just that
+    pattern = imagehash.phash(small).hash  # bool (8, 8)
+    bits = int.from_bytes(np.packbits(pattern).tobytes(), "big")
+    return Look(size, mode, digest.digest(), bits, np.asarray(small))
 
 
 def _from_folder(survey: Survey, progress: Progress | None) -> Originals:

@@ -103,6 +103,7 @@ def summarise(
         "epochs": progress["epoch"],
         "kept_epoch": kept,
         "images_seen": progress["images_seen"],
+        "ended_by_budget": _budget_facts(recipe, progress, len(data.train)) if progress["out_of_time"] else None,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "estimate": progress["estimate"],
         "parameters": {
@@ -125,11 +126,19 @@ def summarise(
             "test_seconds": round(figures["test_feature_seconds"] or 0.0, 3),  # of seconds.prefix, after training
         },
         "windows": {"map": windows.side, "sides": list(windows.sides)} if windows else None,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchvision", "timm", "finetune-timm")},
-        },
+        "versions": _versions(),
     }
+
+
+def _budget_facts(recipe: Recipe, progress: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """Return how far --budget let training come, in epochs."""
+    done = progress["epoch"] - progress["unseen"] / images
+    return {"budget": recipe.budget, "epochs": round(done, 2), "of": recipe.epochs}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "timm", "finetune-timm")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _calibration_facts(temperature: Temperature, figures: Mapping[str, float | None]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 from finetune import checkpoint, outcome
 from finetune.augment import Views
-from finetune.budget import Budget
+from finetune.budget import Budget, keep_time
 from finetune.class_weights import class_weights
 from finetune.data import DATA_NAMES
 from finetune.device import settle
@@ -151,8 +151,11 @@ def _carry_out(
         if is_best and recipe.patience:
             best = {name: value.clone() for name, value in trainer.evaluated.state_dict().items()}
         _clock(now, before, started, builder)
+        keep_time(trainer.budget, job.plan, now.rows, now.saving_seconds)
+        begun = time.perf_counter()
         directory.write_checkpoint(checkpoint.pack(now, trainer, best, job.data, job.prepared, job.computing))
         directory.write_metrics(now.rows)
+        now.saving_seconds = max(now.saving_seconds, time.perf_counter() - begun)
 
     listener = Listener(
         batch=lambda epoch, done, of: events.progress(f"epoch {epoch} of {trainer.epochs}", done, of),
@@ -162,8 +165,8 @@ def _carry_out(
     )
     if not fit(trainer, train, val, progress, listener):
         raise _stopped(directory, progress, recipe)
-    done = progress.epoch - progress.unseen / len(data.train)
-    if trainer.over and done < trainer.epochs:
+    if progress.out_of_time:
+        done = progress.epoch - progress.unseen / len(data.train)
         events.note(f"--budget {recipe.budget} ended training after {done:.1f} of {trainer.epochs} epochs.")
     if best is not None:
         trainer.suffix.load_state_dict(best)
@@ -255,7 +258,8 @@ def _builder(job: Job, events: Events, stop: Callable[[], None]) -> FeatureBuild
     computing = job.computing
     if computing.prefix is None or computing.placement.where not in ("ram", "disk"):
         return None
-    return replace(computing.builder(job.recipe, events), stop=stop)
+    told = {"arch": job.prepared.arch.full_name, "data": job.data.name}
+    return replace(computing.builder(job.recipe, events), stop=stop, told=told)
 
 
 def _source(job: Job, builder: FeatureBuilder | None, data: ImageSet, views: Views, name: str) -> Source:

@@ -131,7 +131,7 @@ class Plan:
         """
         epochs = self.epochs_in_budget
         train = epochs * self.epoch_seconds
-        evaluation = self.test_seconds + epochs * (self.eval_seconds - self.test_seconds) / self.epochs
+        evaluation = self.test_seconds + epochs * self.val_seconds
         seconds = {
             "prefix": self.feature_seconds,
             "train": train,
@@ -141,18 +141,21 @@ class Plan:
         return {"epochs": round(epochs, 2), "seconds": {name: round(value, 3) for name, value in seconds.items()}}
 
     @property
+    def val_seconds(self) -> float:
+        """Expected time of the evaluation after an epoch."""
+        return (self.eval_seconds - self.test_seconds) / self.epochs
+
+    @property
     def reserved_seconds(self) -> float:
         """What a budget keeps for the time after training, in which the last epoch's evaluation falls as well."""
-        validation = (self.eval_seconds - self.test_seconds) / self.epochs
-        return CLOSING_RESERVE * (self.test_feature_seconds + validation + self.test_seconds)
+        return CLOSING_RESERVE * (self.test_feature_seconds + self.val_seconds + self.test_seconds)
 
     @property
     def epochs_in_budget(self) -> float:
         """How many of the planned epochs are expected to fit into the budget; 0 when it leaves no time to train."""
         if self.budget is None:
             return float(self.epochs)
-        epoch = self.epoch_seconds + (self.eval_seconds - self.test_seconds) / self.epochs
-        return min(float(self.epochs), max(0.0, self.budget - self._around()) / epoch)
+        return min(float(self.epochs), max(0.0, self.budget - self._around()) / (self.epoch_seconds + self.val_seconds))
 
     def require_time(self, text: str) -> None:
         """Refuse a budget that leaves no time to train.
@@ -236,7 +239,8 @@ class Plan:
             epochs = f"about {self.epochs_in_budget:.1f} of {epochs}"
             lines.append(f"expected: {rows}{epochs}, ended by --budget after {duration(self.budget)}")
         else:
-            lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all")
+            within = "" if self.budget is None else f", within --budget, {duration(self.budget)}"
+            lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all{within}")
         return lines
 
 

@@ -163,11 +163,18 @@ def _curves(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     told = "Training figures are means over each epoch, taken in passing while the network learns"
     if rows[-1]["val_loss"] is not None:
         told += "; validation is measured after the epoch"
+    ended = summary.get("ended_by_budget")
+    early = "" if ended is None else f"<p>{escape(_ended(ended))}</p>\n"
     return (
-        f'<div class="pair">\n{"".join(charts)}</div>\n'
+        f'{early}<div class="pair">\n{"".join(charts)}</div>\n'
         f'<p class="soft">{told}. The weights are those of epoch {summary["kept_epoch"]}.</p>\n'
         f"<details><summary>Figures of every epoch</summary>\n{scrolling('Figures of every epoch', table)}</details>"
     )
+
+
+def _ended(ended: dict[str, Any]) -> str:
+    """Return how far a budget let training come."""
+    return f"--budget {ended['budget']} ended training after {ended['epochs']:.1f} of {ended['of']} epochs."
 
 
 def _calibration(summary: dict[str, Any], predictions: Predictions) -> str:

@@ -66,6 +66,7 @@ class FeatureBuilder:
         stop: asked between chunks; may raise to end the run.
         seconds: time spent so far.
         held: by key, stored features of a view that this process has in memory already.
+        told: for people who look into the cache: the network and the data, by name; no ingredient of the key.
     """
 
     prepared: PreparedPrefix
@@ -76,6 +77,7 @@ class FeatureBuilder:
     stop: Callable[[], None] = lambda: None
     seconds: float = 0.0
     held: Mapping[str, list[torch.Tensor]] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
     _keys: list[str] = field(default_factory=list)
 
     def entries(self, data: ImageSet, views: Views) -> list[tuple[Entry, dict[str, object]]]:
@@ -129,6 +131,7 @@ class FeatureBuilder:
             entries = self.entries(data, views)
             self._keys += [entry.folder.name for entry, _ in entries]  # no view makes room by deleting another
             for view, (entry, about) in enumerate(entries):
+                about = {**about, **self.told, "split": name}
                 tensors.append(self._from_disk(data, views, view, entry, about, keep, progress))
         self.seconds += time.perf_counter() - start
         return Features(tensors, device)

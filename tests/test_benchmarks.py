@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from make_data import write_cifar100_python
+from typer.testing import CliRunner
 
+from cli.main import app
 from finetune.data import load_data
+from finetune.recipe import Recipe, check
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -135,6 +138,55 @@ def test_a_sweep_stands_beside_its_single_runs(whole_job: Any) -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     assert ["sweep", "90", "45 %"] in rows
     assert ["fc, 0.1", "60", "20", "50.00 %", "diverged"] in rows
+
+
+def test_an_estimate_is_judged_by_taken_over_expected(whole_job: Any) -> None:
+    estimate = importlib.import_module("estimate")
+    seconds = {"prefix": 0.0, "train": 10.0, "eval": 0.4, "total": 20.0}
+    taken = {"prefix": 0.0, "train": 12.5, "eval": 0.9, "total": 19.0, "compile": 3.0}
+    found = [estimate.times({"estimate": {"seconds": seconds}, "seconds": taken})]
+    assert found == [{"prefix": (0, 0), "train": (10, 12.5), "eval": (0.4, 0.9), "total": (20, 19)}]
+    found += [{**found[0], "train": (10.0, 4.0), "total": (10.0, 11.0)}, {**found[0], "train": (10.0, 10.0)}]
+    assert estimate.overview(found) == [
+        ["features", "0", "", ""],
+        ["training", "3", "1.00", "0.40"],  # 0.40 is further from 1 than 1.25
+        ["evaluation", "0", "", ""],  # under a second
+        ["whole run", "3", "0.95", "1.10"],
+    ]
+    assert estimate.overview([{**found[0], "prefix": (0.0, 2.0)}])[0] == ["features", "1", "inf", "inf"]
+    jobs = estimate.JOBS[:3]
+    name, *cells = estimate.detail(jobs, found)[0]
+    assert name == "resnet18, fc, 224 px, none, 600 × 10"
+    assert cells == ["0.0 of 0.0", "12.5 of 10.0 (1.25)", "0.9 of 0.4", "19.0 of 20.0 (0.95)"]
+
+
+def test_the_ten_runs_differ_and_their_commands_are_understood(
+    whole_job: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real commands, up to where they would begin to work."""
+    recipes: list[Recipe] = []
+
+    def carry_out(recipe: Recipe, output: Path, *_: Any) -> dict[str, Any]:
+        check(recipe)
+        recipes.append(recipe)
+        return {"output": str(output)}
+
+    monkeypatch.setattr("cli.run.carry_out", carry_out)
+    monkeypatch.setattr("cli.baseline.carry_out", carry_out)
+    monkeypatch.setattr("cli.run.stop_on_signals", lambda note: None)
+    monkeypatch.setattr("cli.baseline.stop_on_signals", lambda note: None)
+    for job in importlib.import_module("estimate").JOBS:
+        words = job.words(tmp_path / "part", tmp_path / "job", ["--weights", "W", "--allow-missing", "layer4"])
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout) == {"output": str(tmp_path / "job" / "run")}
+    assert len(recipes) == 10
+    assert {recipe.train_layers for recipe in recipes} == {("fc",), ("layer4", "fc"), ("all",), ("head",)}
+    assert {recipe.augment for recipe in recipes} == {"none", "flip", "crop"}
+    assert {recipe.weights for recipe in recipes if recipe.arch == "resnet18"} == {"W"}
+    assert {recipe.weights for recipe in recipes if recipe.arch != "resnet18"} == {"none"}
+    assert len({(recipe.arch, recipe.train_layers, recipe.image_size, recipe.limit) for recipe in recipes}) == 10
+    assert all((recipe.limit or 0) <= 2000 for recipe in recipes)
 
 
 def test_a_process_that_fails_says_why(whole_job: Any) -> None:

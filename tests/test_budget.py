@@ -19,7 +19,7 @@ from torch import nn
 from finetune import pipeline
 from finetune.budget import Budget, PacedSchedule
 from finetune.events import Events
-from finetune.fit import Listener, Progress, Split, Trainer, fit
+from finetune.fit import Listener, Progress, Split, Trainer, fit, predict
 from finetune.optim import make_schedule
 from finetune.order import epoch_batches
 from finetune.pipeline import resume, run
@@ -181,27 +181,31 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     root = tmp_path_factory.mktemp("budget")
     write_cifar100_python(root / "cifar", made=make_images(48, 20))
     weights = write_weights(root / "test_resnet.safetensors")
-    return tiny_recipe(root / "cifar", weights, root / "cache", train_layers=("all",), epochs=4, budget="7s")
+    return tiny_recipe(root / "cifar", weights, root / "cache", train_layers=("all",), epochs=4, budget="70s")
 
 
 def ticking(clock: Clock, notes: list[str]) -> Events:
-    """Events by which every training step takes a second."""
+    """Events by which every training step takes ten seconds."""
 
     def progress(what: str, done: int, total: int) -> None:
-        clock.now += what.startswith("epoch")
+        clock.now += 10 * what.startswith("epoch")
 
     return Events(note=notes.append, progress=progress)
 
 
-def test_a_run_ends_in_time_and_says_where(recipe: Recipe, clock: Clock, tmp_path: Path) -> None:
+def test_a_run_ends_in_time_and_says_where(
+    recipe: Recipe, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "keep_time", lambda *_: None)  # from evaluation's true seconds, never twice the same
     notes: list[str] = []
     summary = run(recipe, tmp_path / "run", events=ticking(clock, notes))
-    assert notes[-1] == "--budget 7s ended training after 2.7 of 4 epochs."
+    assert notes[-1] == "--budget 70s ended training after 2.7 of 4 epochs."
+    assert summary["ended_by_budget"] == {"budget": "70s", "epochs": 2.67, "of": 4}
     assert (summary["epochs"], len(metrics(tmp_path / "run"))) == (3, 3)
     assert summary["images_seen"] == 43 + 43 + 29  # batches of 15, 14 and 14
-    assert summary["seconds"]["total"] == 8.0
+    assert summary["seconds"]["total"] == 80.0
     written = from_table(read_toml(tmp_path / "run" / "recipe.toml"), "")
-    assert (written.epochs, written.budget) == (4, "7s")  # on a faster machine there may be time for all
+    assert (written.epochs, written.budget) == (4, "70s")  # on a faster machine there may be time for all
 
     reached: list[bool] = []
     clock.now = 0.0
@@ -223,6 +227,35 @@ def test_a_run_ends_in_time_and_says_where(recipe: Recipe, clock: Clock, tmp_pat
     torch.save(state, path)
     with pytest.raises(RunError, match=r"was begun by another version of finetune, .* start a new run with --config"):
         resume(tmp_path / "again")
+
+
+def test_evaluation_that_is_slower_than_planned(
+    recipe: Recipe, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan knows nothing of it, the first epoch shows it, and the passes after training fall within the budget."""
+
+    def slow(*given: Any, **named: Any) -> torch.Tensor:
+        clock.now += 20
+        return predict(*given, **named)
+
+    monkeypatch.setattr("finetune.fit.time", SimpleNamespace(perf_counter=clock))
+    for module in ("fit", "outcome"):
+        monkeypatch.setattr(f"finetune.{module}.predict", slow)
+    long = dataclasses.replace(recipe, epochs=40, budget="400s")
+    summary = run(long, tmp_path / "run", events=ticking(clock, []))
+    assert 250 < summary["seconds"]["total"] <= 400
+    assert summary["seconds"]["eval"] == 20 * (summary["epochs"] + 3)  # training images, validation once more, test
+
+
+def test_no_epoch_begins_when_evaluation_took_the_rest_of_the_time() -> None:
+    clock = Clock()
+    trainer, progress = make_trainer(10.0, clock), Progress()
+
+    def save(now: Progress, best: bool) -> None:
+        clock.now += 6  # the first epoch took four seconds
+
+    assert fit(trainer, SPLIT, None, progress, listen(save))
+    assert (progress.epoch, progress.unseen, progress.out_of_time) == (1, 0, True)
 
 
 def test_a_budget_that_leaves_no_time_to_train(recipe: Recipe, clock: Clock, tmp_path: Path) -> None:

@@ -34,6 +34,10 @@ def test_the_command() -> None:
     assert [one["name"] for one in json.loads(done.stdout)] == ["finetune_figure1", "finetune_figure1_shared"]
     table = CliRunner().invoke(app, ["list", "--search", "figure1"])
     assert "3,559,556" in table.stdout
-    missing = CliRunner().invoke(app, ["list", "--search", "nosuchthing"])
+    assert CliRunner().invoke(app, ["list", "figure1"]).stdout == table.stdout
+    missing = CliRunner().invoke(app, ["list", "nosuchthing"])
     assert missing.exit_code == 2
-    assert "No architecture is called 'nosuchthing'; try a shorter --search" in missing.stderr
+    assert "No architecture is called 'nosuchthing'; try a shorter part of its name" in missing.stderr
+    both = CliRunner().invoke(app, ["list", "figure1", "--search", "resnet"])
+    assert both.exit_code == 2
+    assert "finetune list got 'figure1' and --search resnet; give one of the two." in both.stderr

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import re
 import shutil
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from make_data import make_images, write_cifar100_python, write_class_folders
+from make_page import Page, browse, needs_chromium
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner, Result
 
 from cli.check import DEFAULT_THRESHOLD
@@ -21,7 +26,8 @@ from finetune import check, duplicates
 from finetune.check import check_data
 from finetune.data import load_data
 from finetune.decode import decode_image
-from finetune.duplicates import near_pairs
+from finetune.duplicates import detail_likeness, look_alikes, near_pairs
+from finetune.originals import look_at
 from weights.errors import DataError, UsageError
 
 CLASSES = ("<script>", "ant", "bee", "dog")
@@ -91,7 +97,8 @@ FAULTS = {
     ),
     "near leak": (
         "warning",
-        r"1 test image looks like a training image \(.+ 4 of 64 bits\): test/bee/again\.jpg is like train/bee/04\.png",
+        r"1 test image looks like a training image \(perceptual hashes within 10 of 64 bits, and the same detail\): "
+        r"test/bee/again\.jpg is like train/bee/04\.png",
     ),
     "class missing": ("warning", r"The test split has no image of dog, of 4 classes"),
     "small class": ("warning", r"1 class has fewer than 10 training images: dog \(6\)"),
@@ -230,11 +237,42 @@ def test_near_pairs_are_those_of_the_plain_loop(monkeypatch: pytest.MonkeyPatch)
             if (distance := (int(hashes[a]) ^ int(hashes[b])).bit_count()) <= threshold
         ]
         assert len(expected) >= 1 + threshold
-        assert sorted(near_pairs(hashes, threshold)[0]) == expected
-    assert near_pairs(hashes[:0], 4) == ([], True)
-    monkeypatch.setattr(duplicates, "MOST_PAIRS", 3)
+        assert sorted(near_pairs(hashes, threshold)[0].tolist()) == expected
+    assert near_pairs(hashes[:0], 4)[0].tolist() == []
+    monkeypatch.setattr(duplicates, "MOST_CANDIDATES", 3)
     found, complete = near_pairs(hashes, 7)
     assert (len(found), complete) == (3, False)
+
+
+def test_what_looks_alike_and_what_only_has_the_same_outline() -> None:
+    """One photo as it is, moved by a pixel, paler, and encoded anew; and another one, whose hash is the same here."""
+    photo = picture(1, side=32)
+    moved = Image.fromarray(np.roll(np.asarray(photo), 1, axis=1))
+    paler = Image.fromarray((40 + 0.5 * np.asarray(photo)).astype(np.uint8))
+    encoded = io.BytesIO()
+    photo.save(encoded, format="JPEG", quality=60)
+    given = [photo, moved, paler, Image.open(encoded).convert("RGB"), picture(2, side=32)]
+    looks = [dataclasses.replace(look_at(image, image.size, image.mode), hash=5) for image in given]
+    found, complete = look_alikes(looks, 0)
+    assert complete
+    assert {(pair.first, pair.second) for pair in found} == set(combinations(range(4), 2))
+    assert all(0.7 <= pair.likeness <= 1.001 and pair.distance == 0 for pair in found)
+
+
+def test_detail_is_the_correlation_at_the_best_shift() -> None:
+    random = np.random.default_rng(0)
+    one = random.integers(0, 256, (3, 32, 32)).astype(np.uint8)
+    other = np.stack([np.roll(one[0], -1, axis=0), 255 - one[1], random.integers(0, 256, (32, 32)).astype(np.uint8)])
+    same, inverse, foreign = detail_likeness(torch.from_numpy(one), torch.from_numpy(other)).tolist()
+    assert same > 0.99
+    assert inverse < 0.2
+    assert abs(foreign) < 0.2
+    sharp = [side - gaussian_filter(side.astype(float), 2, mode="mirror", radius=6) for side in (one[2], other[2])]
+    shifts = [
+        np.corrcoef(sharp[0][1 + y : 31 + y, 1 + x : 31 + x].ravel(), sharp[1][1:31, 1:31].ravel())[0, 1]
+        for y, x in product((-1, 0, 1), repeat=2)
+    ]
+    assert foreign == pytest.approx(max(shifts), abs=0.03)  # there at the same places, here on all that overlap
 
 
 def test_the_page_shows_pictures_and_trusts_no_name(faulty: Path, tmp_path: Path) -> None:
@@ -255,6 +293,29 @@ def test_the_page_shows_pictures_and_trusts_no_name(faulty: Path, tmp_path: Path
         "test/bee/again.jpg (bee)",
     ):
         assert words in source
+
+
+@needs_chromium
+def test_a_browser_finds_the_json_in_the_page(faulty: Path, tmp_path: Path) -> None:
+    html = tmp_path / "check.html"
+    found = json.loads(invoke(str(faulty), "--html", str(html), "--json").stdout)
+    dom, console, requests = browse(html, tmp_path)
+    page = Page(dom)
+    figures = [f"{one['level']} {one['text']}" for one in found["findings"]]
+    figures += [f"{one['place']} {one['reason']}" for one in found["unreadable"]]
+    pairs = [(one["train"], one["test"]) for one in found["leaks"]] + [one["images"] for one in found["near"]["pairs"]]
+    figures += [" ".join(f"{one['place']} ({one['class']})" for one in pair) for pair in [*pairs, *found["identical"]]]
+    figures += [f"likeness {one['likeness']:.2f}, {one['bits']} bits apart" for one in found["near"]["pairs"]]
+    figures += [f"{split} {facts['images']} 64 × 64 ({facts['images']})" for split, facts in found["splits"].items()]
+    train, test = (found["splits"][split]["classes"] for split in ("train", "test"))
+    figures += [f"{name} {train[name]} {test[name]}" for name in CLASSES]
+    assert len(figures) > 20
+    for figure in figures:
+        assert " ".join(figure.split()) in page.text, figure
+    assert "<script>" in CLASSES
+    assert page.all("script") == []
+    assert "CONSOLE" not in console
+    assert requests == []
 
 
 def test_settings_that_cannot_be_right(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_layers_errors() -> None:
     assert 'Unknown architecture "resnet81"; did you mean' in error("layers", "resnet81", code=2)
 
 
-def test_cache_commands(root: Path) -> None:
+def test_cache_commands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ["--cache-dir", "own"]
     assert invoke("cache", "list", *own).stdout == "No cached features in own.\n"
     assert json.loads(invoke("cache", "list", *own, "--json").stdout) == []
@@ -244,6 +244,10 @@ def test_cache_commands(root: Path) -> None:
     lines = invoke("cache", "list", *own).stdout.splitlines()
     assert all(any(entry["key"][:12] in line for line in lines) for entry in entries)
     assert lines[-1].startswith("4 entries, ")
+    monkeypatch.setenv("COLUMNS", "200")
+    table = invoke("cache", "list", *own).stdout
+    for images in ("train, as it is", "train, mirrored", "validation, as it is", "test, as it is"):
+        assert re.search(rf" cifar100 {images} +test_resnet\.r160_in1k, 32 px, float32 *$", table, re.M), images
     cleared = invoke("cache", "clear", *own).stdout
     assert re.match(r"\d+\.\d kB freed, 4 entries deleted\n2 remembered timings forgotten; the next run", cleared)
     assert invoke("cache", "list", *own).stdout == "No cached features in own.\n"

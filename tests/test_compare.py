@@ -18,6 +18,7 @@ from cli.main import app
 from finetune.compare import Comparison, Explained, compare, equal_time
 from finetune.compare_page import write_page
 from finetune.pipeline import run
+from finetune.recipe import from_table, read_toml, to_toml
 from weights.errors import RunError, UsageError
 
 
@@ -66,6 +67,19 @@ def test_a_setting_that_came_later_is_no_difference(runs: list[Path], tmp_path: 
     lines = (runs[0] / "recipe.toml").read_text().splitlines()
     (tmp_path / "older" / "recipe.toml").write_text("\n".join(line for line in lines if "class_weights" not in line))
     assert compare([runs[0], tmp_path / "older"]).differing == {}
+
+
+def test_settings_are_those_that_were_used(runs: list[Path], tmp_path: Path) -> None:
+    """recipe.toml keeps `auto` where it was not given; what it came to is known."""
+    assert compare(runs).differing["lr"] == [0.01, 0.05]
+    for name, changes in (("adam", {"optimizer": "adam"}), ("crop", {"augment": "crop"})):
+        (tmp_path / name).mkdir()
+        for file in ("metrics.jsonl", "summary.json"):
+            (tmp_path / name / file).write_bytes((runs[0] / file).read_bytes())
+        settings = from_table({**read_toml(runs[0] / "recipe.toml"), **changes}, "")
+        (tmp_path / name / "recipe.toml").write_text(to_toml(settings))
+    assert compare([runs[0], tmp_path / "adam"]).differing == {"lr": [0.01, 0.001], "optimizer": ["sgd", "adam"]}
+    assert compare([runs[0], tmp_path / "crop"]).differing == {"augment": ["flip", "crop"], "views": ["auto", 2]}
 
 
 def test_other_weights_are_a_difference(runs: list[Path], tmp_path: Path) -> None:
@@ -193,11 +207,18 @@ def test_a_browser_finds_the_summaries_in_the_page(runs: list[Path], tmp_path: P
     assert requests == []
 
 
-def test_the_command(runs: list[Path], tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    done = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(page)])
+def test_the_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", *map(str, runs)]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     assert "mean training loss" in done.stdout
-    assert page.exists()
-    as_json = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(page), "--json"])
-    assert json.loads(as_json.stdout)["differing"]["epochs"] == [2, 3]
+    assert list(tmp_path.iterdir()) == [], "no page unless it is asked for"
+    paged = CliRunner().invoke(app, [*words, "--html", "page.html"])
+    assert paged.stdout == done.stdout + "page: page.html\n"
+    assert Path("page.html").exists()
+    as_json = json.loads(CliRunner().invoke(app, [*words, "--output", "old.html", "--json"]).stdout)
+    assert (as_json["differing"]["epochs"], as_json["page"]) == ([2, 3], "old.html")
+    nowhere = CliRunner().invoke(app, [*words, "--html", "no/page.html"])
+    assert nowhere.exit_code == 2
+    assert "--html no/page.html lies in a folder that does not exist; make no, or give another." in nowhere.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from finetune.metrics import (
     top_5_accuracy,
     top_k_accuracy,
 )
-from finetune.temperature import fit_temperature
+from finetune.temperature import SIGNIFICANT, fit_temperature
 
 
 def guesses(
@@ -112,8 +113,8 @@ def test_the_temperature_has_the_least_loss_on_a_grid() -> None:
     assert found.value == pytest.approx(best, rel=5e-3)
     assert found.value > 1.5, "logits that are too sure are made less so"
     assert calibrate(logits, labels, found.value).error < calibrate(logits, labels).error / 2
-    halved = fit_temperature(logits / 2, labels)
-    assert halved.value == pytest.approx(found.value / 2, rel=1e-3)
+    doubled = fit_temperature(2 * logits, labels)
+    assert doubled.value == pytest.approx(2 * found.value, rel=1e-3)
 
 
 def test_images_that_leave_no_temperature() -> None:
@@ -124,6 +125,22 @@ def test_images_that_leave_no_temperature() -> None:
     )
     wrong = fit_temperature(5 * torch.eye(3), (torch.arange(3) + 1) % 3)
     assert (wrong.value, wrong.reason) == (1.0, "3 validation images leave none: predictions are no better than chance")
+
+
+def test_a_temperature_that_few_images_ask_for_by_chance_is_not_kept() -> None:
+    """Labels are drawn from the confidences themselves, so the right temperature is 1, and 5 in 100 draws are kept."""
+    assert math.erfc(math.sqrt(SIGNIFICANT / 2)) == pytest.approx(0.05, abs=1e-4)  # of the chi-squared distribution
+    random = np.random.default_rng(0)
+    logits = 2 * random.normal(size=(60, 5))
+    chances = softmax(logits)
+    kept = []
+    for _ in range(200):
+        labels = torch.tensor([random.choice(5, p=row) for row in chances])
+        found = fit_temperature(torch.tensor(logits, dtype=torch.float32), labels)
+        assert found.value == 1 or found.reason == "fitted on 60 validation images"
+        assert found.value != 1 or re.fullmatch(r"60 validation images do not tell \d+\.\d+ from 1", found.reason)
+        kept.append(found.value != 1)
+    assert 0.01 <= np.mean(kept) <= 0.1
 
 
 def test_uneven_is_more_than_twice_as_many() -> None:

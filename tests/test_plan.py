@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from finetune.budget import Budget, closing_seconds, keep_time
 from finetune.plan import DISK_RESERVE, Disk, Placement, Plan, duration, place, size
 from finetune.precision import Choice
 from weights.errors import UsageError
@@ -186,7 +187,11 @@ def test_what_a_budget_leaves_for_epochs() -> None:
     seconds = {"feature_seconds": 100.0, "test_feature_seconds": 20.0, "epoch_seconds": 50.0}
     seconds |= {"eval_seconds": 18.0, "test_seconds": 10.0}
     assert make_plan(**seconds).epochs_in_budget == make_plan(**seconds, budget=10_000).epochs_in_budget == 8
-    assert make_plan(**seconds, budget=10_000).sentences()[-1].endswith("8 epochs of 50 s, 8 min 38 s in all")
+    assert (
+        make_plan(**seconds, budget=10_000)
+        .sentences()[-1]
+        .endswith("8 epochs of 50 s, 8 min 38 s in all, within --budget, 2 h 46 min")
+    )
     plan = make_plan(**seconds, budget=12 + 80 + 62 + 2.5 * 51)
     assert plan.epochs_in_budget == pytest.approx(2.5)
     plan.require_time("282s")
@@ -200,6 +205,26 @@ def test_what_a_budget_leaves_for_epochs() -> None:
         "--budget 154s leaves no time to train: start, features, evaluation and test need 2 min 34 s; give more time, "
         "or fewer images with --limit."
     )
+
+
+def test_what_a_budget_keeps_for_the_end_follows_the_epochs() -> None:
+    """Planned are 50 s of training and 1 s of validation in each epoch, and 31 s from the last one on."""
+    plan = make_plan(epoch_seconds=50.0, eval_seconds=18.0, test_seconds=10.0, test_feature_seconds=20.0, budget=600.0)
+    usual = {"seconds": 50.0, "eval_seconds": 1.0}
+    assert closing_seconds(plan, [], 0.0) == closing_seconds(plan, [usual] * 3, 0.0) == plan.reserved_seconds == 62
+    assert closing_seconds(plan, [{**usual, "seconds": 500.0}], 0.0) == 62, "the first epoch may have compiled"
+    assert closing_seconds(plan, [usual, {**usual, "seconds": 101.0}], 0.0) == pytest.approx(2 * 62)
+    slow = [{**usual, "eval_seconds": 3.0}]
+    assert closing_seconds(plan, slow, 0.0) == pytest.approx(2 * 62 + 2 * 4 * 1), "twice as slow, and a second a pass"
+    assert closing_seconds(plan, [usual], 3.0) == 62 + 2 * 2 * 3
+    few = make_plan(eval_seconds=10.008, test_seconds=10.0, test_feature_seconds=20.0)
+    instant = [{"seconds": 45.0, "eval_seconds": 0.1}]  # a hundred times what was planned says little of the rest
+    assert few.reserved_seconds < closing_seconds(few, instant, 0.0) < 1.2 * few.reserved_seconds
+    budget = Budget(500.0, lambda: 0.0)
+    keep_time(budget, plan, slow, 0.0)
+    assert budget.until == pytest.approx(600 - 132)
+    keep_time(budget, plan, [usual], 0.0)
+    assert budget.until == pytest.approx(600 - 132), "the end is never put off"
 
 
 def test_an_estimate_counts_what_was_spent_before_the_plan() -> None:

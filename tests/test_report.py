@@ -270,6 +270,12 @@ def test_time_stands_beside_what_was_expected(tmp_path: Path) -> None:
     assert "evaluation 8.5 s whole run, with reading data and weights 305.0 s 290.5 s" in page.text
 
 
+def test_a_budget_that_ended_training_is_named(tmp_path: Path) -> None:
+    ended = {"budget": "20m", "epochs": 3.52, "of": 8}
+    _, page = page_of(tmp_path, summary=summary_of(ended_by_budget=ended))
+    assert "--budget 20m ended training after 3.5 of 8 epochs." in page.text
+
+
 def test_calibration_with_a_temperature_and_without(tmp_path: Path) -> None:
     _, page = page_of(tmp_path)
     logits, labels = guesses()
