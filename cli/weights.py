@@ -59,11 +59,12 @@ def fetch_command(
     from finetune.plan import size
     from weights.arch import resolve_arch
     from weights.keep import fetch
+    from weights.verify import tensor_count
 
     kept = fetch(resolve_arch(arch), weights_dir, force=force)
     print_lines(
         [
-            f"{kept.path} ({size(kept.path.stat().st_size)}, {kept.tensors} tensors, {kept.source})",
+            f"{kept.path} ({size(kept.path.stat().st_size)}, {tensor_count(kept.tensors)}, {kept.source})",
             f"sha256 {kept.sha256}",
         ]
     )
@@ -119,13 +120,14 @@ def convert_command(
     """
     from finetune.plan import size
     from weights.keep import convert
+    from weights.verify import tensor_count
 
     if output is not None:
         require_folder(output, "--output")
     kept = convert(path, output, force=force)
     print_lines(
         [
-            f"{kept.path} ({size(kept.path.stat().st_size)}, {kept.tensors} tensors of {kept.source})",
+            f"{kept.path} ({size(kept.path.stat().st_size)}, {tensor_count(kept.tensors)} of {kept.source})",
             f"sha256 {kept.sha256}",
         ]
     )

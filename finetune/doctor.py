@@ -128,8 +128,9 @@ def _processor(facts: Facts) -> Check:
     if not facts.flags:
         return Check("processor", OK, found)
     vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in facts.flags), "")
-    units = ", ".join(unit for unit in BF16_UNITS if unit in facts.flags)
-    found += f"; {vectors or 'no AVX2'}; " + (f"bf16 by {units}" if units else "no unit for bf16, so fp32 is faster")
+    found += f"; {vectors or 'no AVX2'}"
+    if not any(unit in facts.flags for unit in BF16_UNITS):  # the name has those that are there
+        found += "; no unit for bf16, so fp32 is faster"
     if not vectors and any(flag.startswith("sse") for flag in facts.flags):
         return Check("processor", WARNING, found, "Use a machine with AVX2: PyTorch's fast code needs it.")
     return Check("processor", OK, found)

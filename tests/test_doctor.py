@@ -75,7 +75,7 @@ def test_all_is_well() -> None:
         "torch": "2.11.0+cpu (>=2.9 is supported)",
         "timm": "1.0.25 (>=1.0.20 is supported)",
         "other libraries": "1 more, all in the supported range",
-        "processor": "Some CPU, 2 cores; AVX-512; bf16 by avx512_bf16",
+        "processor": "Some CPU, 2 cores; AVX-512",
         "threads": "PyTorch uses 2 for 2 usable cores",
         "gpu": "none, so runs use the processor",
         "compiler": "/bin/g++, torch.compile works on cpu (12 s for a first one)",

@@ -48,7 +48,7 @@ class Verdict:
         record = self.file.record
         fits = f"fit {self.fits}" if self.fits else "of an unknown network, so their shapes were not checked"
         told = f"sha256 as {record.where} says" if record else "no sha256 is recorded to compare with"
-        return f"{self.tensors} tensors, {fits}; {told}"
+        return f"{tensor_count(self.tensors)}, {fits}; {told}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -63,6 +63,15 @@ class Verdict:
             "tensors": self.tensors,
             "fits": self.fits or None,
         }
+
+
+def tensor_count(number: int) -> str:
+    """Return a number of tensors for people.
+
+    Args:
+        number: how many.
+    """
+    return f"{number} tensor{'' if number == 1 else 's'}"
 
 
 def verify(file: WeightFile, arch: Arch | None = None) -> Verdict:
