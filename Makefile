@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all kill-test lint format docs bench clean
+.PHONY: demo test test-all kill-test lint format docs docs-pages bench clean
 
 demo: $(STAMP)
 	$(BIN)/finetune demo
@@ -29,7 +30,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)
+# The site, in build/site; a link that leads nowhere ends it. Nothing is fetched while it is built or read.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+
+# The pages of the commands, from the commands themselves.
+docs-pages: $(STAMP)
 	$(BIN)/python docs/make_cli.py
 
 # Takes long, and the machine should have nothing else to do; results are written to benchmarks/results.
@@ -45,4 +51,8 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
 	@touch $@

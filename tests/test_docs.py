@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from make_pages import ROOT, load
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PACKAGES = ("cli", "finetune", "weights")
+COMMANDS = list(load("docs/make_cli.py").commands())
+IN_SITE = set(load("docs/site/hooks.py").contents(ROOT))
 
 HOSTS = {"github.com", "keepachangelog.com", "semver.org", "www.cs.toronto.edu", "download.pytorch.org"}
 OTHER_TOOLS = {"--editable", "--check", "--logdir"}  # options of pip, ruff and TensorBoard
@@ -37,42 +37,20 @@ def between(text: str, mark: str) -> str:
     return text.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
 
 
-@pytest.fixture(scope="module")
-def make_cli() -> Any:
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_cli_md_is_what_the_commands_say_now(make_cli: Any) -> None:
-    assert read("docs/cli.md") == make_cli.render(), "run `make docs`"
-
-
-def test_every_command_and_option_is_in_cli_md(make_cli: Any) -> None:
-    sections = dict(part.split("\n", 1) for part in read("docs/cli.md").split("\n## ")[1:])
-    commands = dict(make_cli.commands())
-    assert list(sections) == list(commands)
-    assert {"finetune run", "finetune layers", "finetune cache list", "finetune demo"} <= set(commands)
-    for name, command in commands.items():
-        for parameter in command.params:
-            for option in parameter.opts:
-                wanted = option if option.startswith("-") else option.upper()
-                assert re.search(rf"^  (\S+ )?{re.escape(wanted)}\b", sections[name], re.MULTILINE), (name, option)
-
-
-def test_cli_md_fits_its_width(make_cli: Any) -> None:
-    blocks = re.findall(r"```text\n(.*?)```", read("docs/cli.md"), re.DOTALL)
-    assert max(len(line) for block in blocks for line in block.splitlines()) <= make_cli.WIDTH
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_options_named_in_the_documents_exist(name: str, make_cli: Any) -> None:
-    known = {option for _, command in make_cli.commands() for p in command.params for option in p.opts}
+def test_options_named_in_the_documents_exist(name: str) -> None:
+    known = {option for _, command in COMMANDS for parameter in command.params for option in parameter.opts}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"<!--.*?-->", "", read(name))))
     assert named - known - OTHER_TOOLS - {"--help"} == set()
+
+
+def anchors(text: str) -> set[str]:
+    """Return what links may name after a #: the headings of a page, as git hosts and the site spell them."""
+    without_code = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = [
+        re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line) for line in re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    ]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,9 +58,18 @@ def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", read(name)):
         if urlsplit(target).scheme:
             continue
-        path = ((ROOT / name).parent / target.partition("#")[0]).resolve()
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
         assert path.is_relative_to(ROOT), f"{target} leads out of the project"
         assert path.exists(), target
+        assert path.relative_to(ROOT).as_posix() in IN_SITE, f"{target} is not in the site (docs/site/hooks.py)"
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_anchors_are_those_of_headings() -> None:
+    assert anchors("# A\n\n## The cache's `key`\n\n```sh\n# no heading\n```\n\n## 2. [See](a.md) x\n") == {
+        "a", "the-caches-key", "2-see-x",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

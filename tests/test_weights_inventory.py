@@ -35,7 +35,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def invoke(*words: str) -> Result:
-    result = CliRunner().invoke(app, ["weights", *words])
+    result = CliRunner().invoke(app, [*words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -87,7 +87,7 @@ def test_list_says_what_each_file_is(models: Path, original: Path) -> None:
     in_the_hub_cache(caches, "timm/test_resnet.r160_in1k", original)
     in_the_hub_cache(caches, "somebody/else", original)
 
-    found = rows("list", "--weights-dir", str(models))
+    found = rows("weights", "list", "--weights-dir", str(models))
     beside = [(row["source"], row["arch"], row["licence"], row["recorded"]) for row in found]
     assert beside == [
         ("local file best.safetensors", "unknown", "unknown", None),
@@ -107,7 +107,7 @@ def test_list_says_what_each_file_is(models: Path, original: Path) -> None:
     digest = hashlib.sha256(content).hexdigest()
     assert {row["sha256"] for row in found if row["bytes"] == len(content)} == {digest}
 
-    lines = [line.split() for line in invoke("list", "--weights-dir", str(models)).stdout.splitlines()]
+    lines = [line.split() for line in invoke("weights", "list", "--weights-dir", str(models)).stdout.splitlines()]
     assert lines[0] == ["8", "weight", "files"]
     assert lines[1] == ["arch", "size", "sha256", "licence", "where"]
     assert lines[8][0] == "resnet18.tv_in1k"
@@ -115,10 +115,10 @@ def test_list_says_what_each_file_is(models: Path, original: Path) -> None:
 
 
 def test_list_of_nothing_names_the_places(models: Path) -> None:
-    text = invoke("list", "--weights-dir", str(models)).stdout
+    text = invoke("weights", "list", "--weights-dir", str(models)).stdout
     assert text.startswith(f"No weights in --weights-dir {models}, the torch hub cache ")
     assert text.endswith("; finetune weights fetch gets some.\n")
-    assert rows("list") == []
+    assert rows("weights", "list") == []
     assert error("list", "--weights-dir", "nowhere") == (
         "--weights-dir names nowhere, which is not a folder; give one that is."
     )
@@ -129,7 +129,7 @@ def test_verify_reads_what_is_sound(models: Path, original: Path) -> None:
     shutil.copy(original, good)
     shutil.copy(original, models / "best.safetensors")
     (models / f"{good.name}.sha256").write_text(f"{hashlib.sha256(good.read_bytes()).hexdigest()}  {good.name}\n")
-    result = invoke("verify", str(models))
+    result = invoke("weights", "verify", str(models))
     assert result.exit_code == 0
     tensors = len(safetensors.torch.load_file(original))
     assert result.stdout.splitlines() == [
@@ -139,7 +139,7 @@ def test_verify_reads_what_is_sound(models: Path, original: Path) -> None:
         "",
         "2 of 2 sound",
     ]
-    row = rows("verify", str(models / "best.safetensors"), "--arch", "test_resnet")[0]
+    row = rows("weights", "verify", str(models / "best.safetensors"), "--arch", "test_resnet")[0]
     assert (row["ok"], row["fits"], row["tensors"]) == (True, "test_resnet.r160_in1k", tensors)
 
 
@@ -157,7 +157,7 @@ def test_verify_names_each_file_that_is_not(models: Path, original: Path) -> Non
     (models / "run/model.safetensors").write_bytes(content)
     (models / "run/config.json").write_text("{")
 
-    found = rows("verify", "--weights-dir", str(models), code=1)
+    found = rows("weights", "verify", "--weights-dir", str(models), code=1)
     problems = {Path(row["path"]).name if row["path"] != str(link) else "cached": row["problem"] for row in found}
     assert problems["cut.safetensors"].startswith("cut.safetensors is truncated, damaged or not a weight file (")
     assert problems["test_vit.safetensors"].startswith(
@@ -175,7 +175,7 @@ def test_verify_names_each_file_that_is_not(models: Path, original: Path) -> Non
         f"Delete {link.resolve()} and fetch it again with finetune weights fetch test_resnet.r160_in1k."
     )
     assert not any(row["ok"] for row in found)
-    assert invoke("verify", "--weights-dir", str(models)).stdout.splitlines()[-1] == "0 of 5 sound"
+    assert invoke("weights", "verify", "--weights-dir", str(models)).stdout.splitlines()[-1] == "0 of 5 sound"
 
 
 def test_verify_of_nothing(models: Path) -> None:

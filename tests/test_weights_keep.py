@@ -45,7 +45,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def said(*words: str, code: int = 0) -> str:
     """What a command prints, or the one line of one that fails."""
-    result = CliRunner().invoke(app, ["weights", *words])
+    result = CliRunner().invoke(app, [*words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     if not code:
@@ -72,7 +72,7 @@ def test_fetch_keeps_the_bytes_of_the_hub_and_a_run_finds_them(
 ) -> None:
     hub_at(monkeypatch, server.address)
     server.files[ON_THE_HUB] = original.read_bytes()
-    told = said("fetch", "test_resnet", "--weights-dir", "models/mine").splitlines()
+    told = said("weights", "fetch", "test_resnet", "--weights-dir", "models/mine").splitlines()
     kept = Path("models/mine") / KEPT
     assert kept.read_bytes() == original.read_bytes()
     assert Path(f"{kept}.sha256").read_text() == record_of(kept)
@@ -84,8 +84,8 @@ def test_fetch_keeps_the_bytes_of_the_hub_and_a_run_finds_them(
 
     server.asked.clear()
     monkeypatch.setenv("FINETUNE_WEIGHTS", "models/mine")
-    assert said("fetch", "test_resnet.r160_in1k").splitlines()[0].endswith(" tensors, there already)")
-    told = said("fetch", "test_resnet", "--weights-dir", "other")
+    assert said("weights", "fetch", "test_resnet.r160_in1k").splitlines()[0].endswith(" tensors, there already)")
+    told = said("weights", "fetch", "test_resnet", "--weights-dir", "other")
     assert "tensors, Hugging Face cache, timm/test_resnet.r160_in1k)" in told
     assert server.asked == []
 
@@ -95,16 +95,16 @@ def test_fetch_says_when_the_file_that_is_there_is_damaged_and_replaces_it_by_fo
 ) -> None:
     hub_at(monkeypatch, server.address)
     server.files[ON_THE_HUB] = original.read_bytes()
-    said("fetch", "test_resnet", "--weights-dir", "models")
+    said("weights", "fetch", "test_resnet", "--weights-dir", "models")
     kept = Path("models") / KEPT
     spoilt = bytearray(original.read_bytes())
     spoilt[-1] ^= 1
     kept.write_bytes(spoilt)
-    words = said("fetch", "test_resnet", "--weights-dir", "models", code=1)
+    words = said("weights", "fetch", "test_resnet", "--weights-dir", "models", code=1)
     assert words.startswith(f"{KEPT} is not the file that was recorded: {KEPT}.sha256 says sha256 ")
     assert words.endswith(f"Delete {kept.absolute()} and fetch it again with finetune weights fetch {KEPT[:-12]}.")
     assert kept.read_bytes() == spoilt
-    said("fetch", "test_resnet", "--weights-dir", "models", "--force")
+    said("weights", "fetch", "test_resnet", "--weights-dir", "models", "--force")
     assert kept.read_bytes() == original.read_bytes()
     assert there() == [f"models/{KEPT}", f"models/{KEPT}.sha256"]
 
@@ -112,21 +112,21 @@ def test_fetch_says_when_the_file_that_is_there_is_damaged_and_replaces_it_by_fo
 def test_fetch_of_what_is_not_weights_keeps_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_at(monkeypatch, server.address)
     server.files[ON_THE_HUB] = b"<html>Sign in to the network</html>"
-    words = said("fetch", "test_resnet", "--weights-dir", "models", code=1)
+    words = said("weights", "fetch", "test_resnet", "--weights-dir", "models", code=1)
     assert words == "model.safetensors is a web page and not weights; download it again."
     assert not Path("models").exists()
 
 
 def test_fetch_of_an_unknown_network_offers_near_ones() -> None:
-    words = said("fetch", "test_resnat", "--weights-dir", "models", code=2)
+    words = said("weights", "fetch", "test_resnat", "--weights-dir", "models", code=2)
     assert words.startswith('Unknown architecture "test_resnat"; did you mean test_resnet')
-    words = said("fetch", "test_resnet.r16_in1k", "--weights-dir", "models", code=2)
+    words = said("weights", "fetch", "test_resnet.r16_in1k", "--weights-dir", "models", code=2)
     assert words == 'test_resnet has no pretrained weights "r16_in1k"; did you mean r160_in1k?'
     assert not Path("models").exists()
 
 
 def test_fetch_without_a_network() -> None:
-    words = said("fetch", "test_resnet", "--weights-dir", "models", code=1)
+    words = said("weights", "fetch", "test_resnet", "--weights-dir", "models", code=1)
     assert words.startswith(
         "Found no weights for test_resnet.r160_in1k: searched the torch hub cache, the Hugging Face cache, Hugging "
         "Face hub timm/test_resnet.r160_in1k ("
@@ -138,15 +138,15 @@ def test_fetch_without_a_network() -> None:
 
 
 def test_fetch_wants_a_folder_and_a_network_that_has_weights() -> None:
-    assert said("fetch", "test_resnet", code=2) == (
+    assert said("weights", "fetch", "test_resnet", code=2) == (
         "No local model directory is named; give --weights-dir DIR, or set $FINETUNE_WEIGHTS."
     )
-    assert said("fetch", "finetune_figure1", "--weights-dir", "models", code=1) == (
+    assert said("weights", "fetch", "finetune_figure1", "--weights-dir", "models", code=1) == (
         "timm has no pretrained weights for finetune_figure1 to fetch; finetune list --search finetune_figure1 shows "
         "which there are."
     )
     Path("file").write_text("")
-    assert said("fetch", "test_resnet", "--weights-dir", "file", code=1) == (
+    assert said("weights", "fetch", "test_resnet", "--weights-dir", "file", code=1) == (
         "--weights-dir names file, which is not a folder; give one that is."
     )
 
@@ -159,24 +159,24 @@ def test_convert_takes_the_tensors_out_of_a_training_checkpoint(original: Path) 
     shared = state["fc.weight"]
     wrapped = {f"module.{name}": value for name, value in state.items()} | {"module.tied": shared}
     torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": {"lr": 0.1}}, "best.pth.tar")
-    told = said("convert", "best.pth.tar").splitlines()
+    told = said("weights", "convert", "best.pth.tar").splitlines()
     assert told[0].startswith("best.safetensors (")
     assert told[0].endswith(f", {len(state) + 1} tensors of best.pth.tar)")
     assert hash_tensors(read_tensors(Path("best.safetensors"))) == hash_tensors({**state, "tied": shared})
     with safetensors.safe_open("best.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert Path("best.safetensors.sha256").read_text() == record_of(Path("best.safetensors"))
-    said("convert", "best.pth.tar", "--output", "again.safetensors")
+    said("weights", "convert", "best.pth.tar", "--output", "again.safetensors")
     assert Path("again.safetensors").read_bytes() == Path("best.safetensors").read_bytes()
 
 
 def test_convert_keeps_a_file_that_is_there_unless_forced() -> None:
     torch.save({"weight": torch.ones(2)}, "a.bin")
     Path("b.safetensors").write_bytes(b"mine")
-    words = said("convert", "a.bin", "--output", "b.safetensors", code=1)
+    words = said("weights", "convert", "a.bin", "--output", "b.safetensors", code=1)
     assert words == "b.safetensors exists and was kept; give --force to replace it, or another --output."
     assert Path("b.safetensors").read_bytes() == b"mine"
-    said("convert", "a.bin", "--output", "b.safetensors", "--force")
+    said("weights", "convert", "a.bin", "--output", "b.safetensors", "--force")
     assert torch.equal(read_tensors(Path("b.safetensors"))["weight"], torch.ones(2))
 
 
@@ -192,20 +192,22 @@ def test_convert_refuses_what_it_cannot_read_and_writes_nothing(original: Path) 
     Path("cut.pth").write_bytes(original.read_bytes()[:1000])
     torch.save({"weight": torch.eye(3).to_sparse()}, "sparse.pt")
     before = there()
-    assert said("convert", "none.pth", code=1) == (
+    assert said("weights", "convert", "none.pth", code=1) == (
         "Could not read the weights none.pth (No such file or directory); give a file that can be read."
     )
-    assert said("convert", "rogue.ckpt", code=1).startswith("rogue.ckpt is a pickle that holds more than tensors (")
-    assert said("convert", "cut.pth", code=1).startswith(
+    assert said("weights", "convert", "rogue.ckpt", code=1).startswith(
+        "rogue.ckpt is a pickle that holds more than tensors ("
+    )
+    assert said("weights", "convert", "cut.pth", code=1).startswith(
         "cut.pth is truncated, damaged or not a weight file (1,000 bytes: "
     )
-    assert said("convert", "sparse.pt", code=1).startswith(
+    assert said("weights", "convert", "sparse.pt", code=1).startswith(
         "sparse.pt holds tensors that safetensors cannot hold, such as sparse or quantised ones ("
     )
-    assert said("convert", "rogue.ckpt", "--output", "out.pth", code=2) == (
+    assert said("weights", "convert", "rogue.ckpt", "--output", "out.pth", code=2) == (
         "--output out.pth is written as safetensors; give a name that ends in .safetensors."
     )
-    assert said("convert", "rogue.ckpt", "--output", "no/out.safetensors", code=2).startswith(
+    assert said("weights", "convert", "rogue.ckpt", "--output", "no/out.safetensors", code=2).startswith(
         "--output no/out.safetensors lies in a folder that does not exist"
     )
     assert there() == before
