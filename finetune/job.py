@@ -28,6 +28,7 @@ from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.recipe import Recipe, check, resolve_auto
 from finetune.rundir import require_empty
+from finetune.scratch import few_steps
 from weights.errors import StoppedError, UsageError, WeightsError
 from weights.locate import Found
 
@@ -128,6 +129,8 @@ def prepare(
     if recipe.keep_head:
         _require_classes(found, data)
     recipe = resolve_auto(recipe, len(data.train))
+    if (advice := few_steps(recipe, len(data.train))) is not None:
+        events.note(advice)
     prepared = prepare_model(recipe, len(data.classes), found)
     if prepared.account is not None:
         events.note(prepared.account.sentence())

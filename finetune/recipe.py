@@ -130,6 +130,7 @@ class Recipe:
 # Optimisers multiply learning rate and weight decay and divide by as little as 1 - 0.9; float32 ends at 3.4e38.
 LARGEST_RATE = 1e37
 DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
+FEWEST_STEPS = 500  # the shortest schedule of Kolesnikov et al. 2020, "Big Transfer", section 3.3
 PATHS = ("data_dir", "weights_dir", "cache_dir")
 # Settings that say where to look, how to compute or what to log, not what is learned: not in checkpoints' metadata.
 PLACES = (
@@ -367,14 +368,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"The recipe {path} is no valid TOML ({error}); mend that line.") from None
 
 
+def suitable_batch(images: int) -> int:
+    """Return images per step for a training set of `images`: at most a twentieth of it, 16 at least, 128 at most."""
+    return next((size for size in (128, 64, 32) if size * 20 <= images), 16)
+
+
 def resolve_auto(recipe: Recipe, images: int) -> Recipe:
     """Fill in epochs, batch size, views and learning rate for a training set of `images` images.
 
-    Steps, not epochs, decide how far a small set gets: at least 500 steps (the shortest schedule of Kolesnikov et al.
-    2020, "Big Transfer", section 3.3), within 8 to 40 epochs; a batch holds at most a twentieth of the images.
+    Steps, not epochs, decide how far a small set gets: at least FEWEST_STEPS, within 8 to 40 epochs.
     """
-    batch = recipe.batch_size or next((size for size in (128, 64, 32) if size * 20 <= images), 16)
+    batch = recipe.batch_size or suitable_batch(images)
     per_epoch = -(-images // batch)
-    epochs = recipe.epochs or min(40, max(8, -(-500 // per_epoch)))
+    epochs = recipe.epochs or min(40, max(8, -(-FEWEST_STEPS // per_epoch)))
     views = epochs if recipe.augment == "crop" and recipe.views is None else recipe.views
     return dataclasses.replace(recipe, batch_size=batch, epochs=epochs, views=views, lr=peak_rate(recipe))

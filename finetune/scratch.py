@@ -10,7 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import Recipe, read_toml, to_table, typed_settings
+from finetune.recipe import (
+    FEWEST_STEPS,
+    Recipe,
+    peak_rate,
+    read_toml,
+    suitable_batch,
+    to_table,
+    typed_settings,
+)
 from weights.errors import UsageError, near_matches
 
 RECIPES = ("fast", "assignment")
@@ -135,3 +143,28 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
         # A learning rate suits one kind of optimiser: take the one of the recipe that has this kind.
         settings["lr"] = ASSIGNMENT["lr"] if which == "fast" else {**FAST, **FAST_BY_NETWORK.get(arch, {})}["lr"]
     return replace(Recipe(), **{**settings, **given})
+
+
+def few_steps(recipe: Recipe, images: int) -> str | None:
+    """Return what to say of a run from scratch that has too few steps to learn, or None.
+
+    Our recipes are for tens of thousands of images. On a few hundred, their batches leave a handful of steps to an
+    epoch, at a learning rate that is too high for smaller ones: it goes down with the batch (Goyal et al. 2017,
+    "Accurate, Large Minibatch SGD", section 2.1, the linear scaling rule).
+
+    Args:
+        recipe: with epochs and batch size filled in.
+        images: training images.
+    """
+    batch, epochs = recipe.batch_size or 1, recipe.epochs or 1
+    steps = epochs * -(-images // batch)
+    if recipe.weights != "none" or recipe.train_layers != ("all",) or steps >= FEWEST_STEPS:
+        return None
+    better = min(batch, suitable_batch(images))
+    flags = [] if better == batch else [f"--batch-size {better}", f"--lr {peak_rate(recipe) * better / batch:g}"]
+    enough = -(-FEWEST_STEPS // -(-images // better))
+    flags += [f"--epochs {enough}"] if enough > epochs else []
+    return (
+        f"{images:,} images in batches of {batch} make {steps:,} training steps in {epochs} epochs, which is little "
+        f"for a network that starts from nothing; {' '.join(flags)} gives it {FEWEST_STEPS} or more."
+    )

@@ -21,7 +21,7 @@ from finetune.data import load_data
 from finetune.networks import NETWORKS
 from finetune.networks.registry import MEAN, STD
 from finetune.recipe import check
-from finetune.scratch import NETWORK_EPOCHS, baseline_recipe
+from finetune.scratch import NETWORK_EPOCHS, baseline_recipe, few_steps
 from weights.errors import UsageError
 
 
@@ -71,6 +71,20 @@ def test_auto_is_auto() -> None:
     wrong = CliRunner().invoke(app, ["baseline", "--lr", "fast"])
     assert wrong.exit_code == 2
     assert "--lr is 'fast'; give a number, or auto." in wrong.stderr
+
+
+def test_too_few_steps_are_told_with_settings_that_give_enough() -> None:
+    recipe = dataclasses.replace(baseline_recipe("figure1", "fast", {}), views=1)
+    assert few_steps(recipe, 400) == (
+        "400 images in batches of 128 make 60 training steps in 15 epochs, which is little for a network that starts "
+        "from nothing; --batch-size 16 --lr 0.025 --epochs 20 gives it 500 or more."
+    )
+    assert few_steps(recipe, 50_000) is None
+    better = dataclasses.replace(recipe, batch_size=16, lr=0.025, epochs=20)
+    assert few_steps(better, 400) is None
+    assert "; --epochs 20 gives" in str(few_steps(dataclasses.replace(better, epochs=15), 400))
+    for other in ({"weights": "auto"}, {"train_layers": ("head",)}):
+        assert few_steps(dataclasses.replace(recipe, **other), 400) is None
 
 
 def test_resume_takes_no_settings(tmp_path: Path) -> None:
