@@ -38,7 +38,7 @@ def test_pages_that_are_added_later_find_a_place(hooks: Any, tmp_path: Path) -> 
     sections = {title: pages for section in hooks.navigation(tmp_path) for title, pages in section.items()}
     assert sections["Commands"] == ["docs/cli.md", "docs/commands/run.md", "docs/commands/made-up.md"]
     assert sections["Guides"] == ["docs/evaluation.md", "docs/guide-new.md"]
-    assert sections["Inside"] == ["docs/decisions/0001-a.md"]
+    assert sections["How it works"] == ["docs/decisions/0001-a.md"]
 
 
 def test_what_a_page_would_load_from_the_network_is_found(hooks: Any) -> None:

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Measurements": (
         "docs/results.md", "docs/benchmarks.md", "docs/log.md", "benchmarks/README.md", "benchmarks/results/*.md",
     ),
-    "Inside": ("docs/design.md", "docs/decisions/*.md", "docs/contributing.md", "CHANGELOG.md"),
+    "How it works": ("docs/design.md", "docs/decisions/*.md", "docs/contributing.md", "CHANGELOG.md"),
 }  # fmt: skip
 
 LOADING = {"src", "srcset", "poster", "data", "background"}  # attributes that make a browser fetch something
