@@ -123,7 +123,7 @@ def _told(name: str, value: float | None) -> str:
 def remark(run: Run, result: dict[str, Any]) -> str:
     """Return what the tables say of a run beside its figures."""
     if run["diverged"]:
-        return "diverged: " + run["diverged"].split(";")[0].split(". ")[0]
+        return "diverged: " + str(run["diverged"]).split(";")[0].split(". ")[0]
     if run["name"] == result["chosen"]:
         tested = run["test_accuracy"]
         return "chosen" if tested is None else f"chosen; test {tested:.2f} %"
