@@ -180,18 +180,23 @@ def _require_batches(recipe: Recipe, images: int, prepared: Prepared) -> None:
     Raises:
         UsageError: with the batch size to take.
     """
-    size = recipe.batch_size or 1
-    smallest = images // -(-images // size)
+    size, epochs = recipe.batch_size or 1, recipe.epochs or 1
+    skipping = Skipping(images, epochs, recipe.skip_easy)
+    seen, smallest = images, images // -(-images // size)
+    for count in {skipping.kept(epoch) for epoch in range(epochs)}:
+        if count // -(-count // size) < smallest:
+            seen, smallest = count, count // -(-count // size)
     trained = [
         module
         for name, module in prepared.model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and prepared.selection.covers(name)
     ]
     if smallest < 2 and trained:
+        some = "" if seen == images else f", which is what --skip-easy {recipe.skip_easy:g} leaves of {images},"
         raise UsageError(
-            f"{images} training images in batches of {size} leave batches of one image, and the trained layers hold "
-            "batch norms, which need at least 2; give a larger --batch-size, or train layers without batch norm, such "
-            "as head."
+            f"{seen} training images{some} in batches of {size} leave batches of one image, and the trained layers "
+            "hold batch norms, which need at least 2; give a larger --batch-size, or train layers without batch norm, "
+            "such as head."
         )
 
 

@@ -40,8 +40,8 @@ class Skipping:
         return self.share > 0 and 0 < epoch < last
 
     def kept(self, epoch: int) -> int:
-        """Return how many images an epoch trains on."""
-        return self.images - (round(self.share * self._easy) if self.skips(epoch) else 0)
+        """Return how many images an epoch trains on; one easy image at least, to count for the others."""
+        return self.images - (min(round(self.share * self._easy), self._easy - 1) if self.skips(epoch) else 0)
 
     @property
     def _easy(self) -> int:

@@ -45,6 +45,14 @@ def words_of(kind: type[FinetuneError], recipe: Recipe, output: Path, events: Ev
     return str(error.value)
 
 
+def test_batches_of_one_image_in_the_epochs_that_skip_easy_ones(recipe: Recipe, tmp_path: Path) -> None:
+    odd = dataclasses.replace(recipe, limit=10, batch_size=2, skip_easy=0.5)
+    assert words_of(UsageError, odd, tmp_path / "run").startswith(
+        "7 training images, which is what --skip-easy 0.5 leaves of 10, in batches of 2 leave batches of one image, "
+    )
+    assert not (tmp_path / "run").exists()
+
+
 # A disk that is full: the system refuses to let files grow.
 
 

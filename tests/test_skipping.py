@@ -48,6 +48,15 @@ def test_only_easy_images_are_left_out_and_the_others_of_them_count_for_them() -
     assert set(plain.tolist()) == {1.0}
 
 
+def test_a_large_share_of_few_images_keeps_one_easy_image_to_count_for_the_others() -> None:
+    skipping = Skipping(5, EPOCHS, 0.9)  # three easy images, of which 0.9 rounds to all
+    kept, weights = skipping.choose(LOSSES[:5], 1, seed=0)
+    assert kept is not None
+    assert int(kept.sum()) == skipping.kept(1) == 3
+    assert float(weights[kept].sum()) == 5
+    assert Skipping(1, EPOCHS, 0.9).kept(1) == 1
+
+
 def test_an_epoch_visits_the_kept_images_once_in_the_order_they_would_have_had() -> None:
     recipe = dataclasses.replace(Recipe(), epochs=EPOCHS, batch_size=10)
     kept = torch.rand(N, generator=torch.Generator().manual_seed(0)) < 0.7
