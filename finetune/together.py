@@ -129,7 +129,8 @@ def _groups(jobs: Sequence[Job], placement: Placement, events: Events, stop: Cal
     """Put together what can be one module: the same number format, all compiled or none."""
     groups: dict[str, list[FeatureBuilder]] = {}
     for job in jobs:
-        builder = replace(job.computing.builder(job.recipe, events), stop=stop)
+        told = {"arch": job.prepared.arch.full_name, "data": job.data.name}
+        builder = replace(job.computing.builder(job.recipe, events), stop=stop, told=told)
         own = placement if not placement.on_disk else job.computing.placement  # on disk: as a run alone reads them
         groups.setdefault(str(builder.prepared.choice), []).append(replace(builder, placement=own))
     sample = jobs[0].data.train.images
@@ -142,6 +143,11 @@ def _groups(jobs: Sequence[Job], placement: Placement, events: Events, stop: Cal
         for entry, _ in builder.entries(split, views)
     ]
     return [_Group(builders, sample, placement.on_disk, keep) for builders in groups.values()]
+
+
+def _named(builder: FeatureBuilder, data: ImageSet, views: Views, name: str) -> list[tuple[Entry, dict[str, object]]]:
+    """Return a split's entries with what `finetune cache list` shows of them, as those of a run have it."""
+    return [(entry, {**about, **builder.told, "split": name}) for entry, about in builder.entries(data, views)]
 
 
 @dataclass
@@ -173,16 +179,21 @@ class _Group:
         return self._joints[places]
 
     def compute(self, data: ImageSet, views: Views, name: str) -> Held:
-        """Compute a split for all parts; what cannot be computed together each part's own builder computes."""
-        if self.on_disk and len(self.builders) == 1:
-            return {}  # left to the run that wants it
-        entries = [builder.entries(data, views) for builder in self.builders]
+        """Compute a split for all parts; what cannot be computed together each part's own builder computes.
+
+        Nothing is left to the runs: the first of them would pay for it out of its --budget.
+        """
+        entries = [_named(builder, data, views, name) for builder in self.builders]
         cuts = f"features of {name}" + (f" for {len(entries)} cuts" if len(entries) > 1 else "")
         first = self.builders[0]
         report = Progressing(first.events.progress, len(data) * views.count, cuts, first.stop)
         if self.on_disk:
-            for view in range(views.count):
+            for view in range(views.count if len(self.builders) > 1 else 0):
                 self._fill([made[view] for made in entries], data, views, view, report)
+            for builder in self.builders:
+                if builder.missing(data, views):
+                    written = Placement("disk", True, 0, "")  # the runs read them
+                    replace(builder, placement=written, _keys=[*self.keep]).features(data, views, name)
             return {}
         joint = self.joint(tuple(range(len(self.builders))))
         if joint is None:
@@ -206,7 +217,7 @@ class _Group:
         view: int,
         report: Callable[[int], None],
     ) -> None:
-        """Write one view to the entries that lack rows; one such entry alone is left to the run that wants it."""
+        """Write one view to the entries that lack rows; one such entry alone is left to its own builder."""
         with ExitStack() as stack:
             for entry, _ in sorted(entries, key=lambda pair: pair[0].folder.name):  # one order for all processes
                 stack.enter_context(self.builders[0].locked(entry))
@@ -214,7 +225,6 @@ class _Group:
             absent = tuple(place for place, (entry, _) in enumerate(entries) if entry.missing_rows())
             joint = self.joint(absent)
             if joint is None:
-                report(len(data))
                 return
             chosen = [entries[place] for place in absent]
             self._make_room([entry for entry, _ in chosen])
@@ -234,7 +244,7 @@ class _Group:
         """Give a subset its features: rows of those of all training images."""
         copies: Held = {}
         for builder in self.builders:
-            whole, part = builder.entries(data, views), builder.entries(subset.images, views)
+            whole, part = builder.entries(data, views), _named(builder, subset.images, views, "train")
             if not self.on_disk:
                 for (entry, _), (small, _) in zip(whole, part, strict=True):
                     copies[small.folder.name] = [tensor[subset.rows] for tensor in held[entry.folder.name]]

@@ -120,7 +120,22 @@ def words(error: type[Exception], recipe: Recipe, grid: Grid, folder: Path) -> s
 def test_the_frozen_part_is_computed_once_for_all_cuts(done: Done) -> None:
     train, val = 58, 6
     assert done.counts == Counts(together=2 * train + val, alone=0)
-    assert len(list_entries(done.recipe.cache_dir or Path())) == 3 * 3, "two views and validation of each cut"
+    made = list_entries(done.recipe.cache_dir or Path())
+    assert len(made) == 3 * 3, "two views and validation of each cut"
+    named = {tuple(entry.about.get(key) for key in ("arch", "data", "split")) for entry in made}
+    assert named == {(done.result.arch, done.result.data, split) for split in ("train", "validation")}
+
+
+def test_no_run_pays_for_the_features_of_all(done: Done, tmp_path: Path) -> None:
+    """Of one cut they are computed before the first run as well, whose --budget would else be shorter than others'."""
+    recipe = dataclasses.replace(done.recipe, cache_dir=tmp_path / "cache", hold_test=True)
+    told: list[str] = []
+    events = Events(note=told.append, progress=lambda what, done, total: told.append(what))
+    result = sweep(recipe, make_grid(recipe, train_layers=CUTS[2:], lr="0.01,0.02"), tmp_path / "sweep", events=events)
+    begun = next(place for place, text in enumerate(told) if text.startswith("run 1 of 2: "))
+    assert {"features of train", "features of validation"} <= set(told[:begun])
+    assert metrics(tmp_path / "sweep" / "fc-lr0.01") == metrics(done.folder / "fc-lr0.01")
+    assert result.feature_seconds > 0
 
 
 def test_each_run_is_what_it_is_alone(done: Done, alone: dict[str, Path]) -> None:
