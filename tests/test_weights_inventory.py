@@ -178,6 +178,24 @@ def test_verify_names_each_file_that_is_not(models: Path, original: Path) -> Non
     assert invoke("weights", "verify", "--weights-dir", str(models)).stdout.splitlines()[-1] == "0 of 5 sound"
 
 
+def test_a_link_to_nothing_and_a_config_of_the_wrong_kind(models: Path, original: Path) -> None:
+    """The first is no file; the second is told and hides no other file."""
+    (models / "test_resnet.pth").symlink_to(models / "unmounted.pth")
+    (models / "sound.safetensors").write_bytes(original.read_bytes())
+    run = models / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(original.read_bytes())
+    (run / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": {"mean": 0.5}}))
+    listed = rows("weights", "list", "--weights-dir", str(models))
+    assert [row["source"] for row in listed] == ["local file model.safetensors", "local file sound.safetensors"]
+    found = rows("weights", "verify", str(models), code=1)
+    assert [row["problem"] for row in found] == [
+        "The config.json of test_resnet has mean 0.5; expected a list of numbers. Mend it, or give the weights alone "
+        "in another folder.",
+        None,
+    ]
+
+
 def test_verify_of_nothing(models: Path) -> None:
     assert error("verify", str(models)) == (
         f"{models} holds no weight files (.safetensors, .pth.tar, .pth, .pt, .bin, .ckpt); give a folder that does, or "

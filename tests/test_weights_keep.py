@@ -210,5 +210,9 @@ def test_convert_refuses_what_it_cannot_read_and_writes_nothing(original: Path) 
     assert said("weights", "convert", "rogue.ckpt", "--output", "no/out.safetensors", code=2).startswith(
         "--output no/out.safetensors lies in a folder that does not exist"
     )
-    assert there() == before
+    assert said("weights", "convert", ".", code=2) == ". is a folder; give the weight file in it."
+    Path("whole.pth").write_bytes(original.read_bytes())
+    Path("whole.safetensors.sha256").mkdir()
+    assert said("weights", "convert", "whole.pth", code=1).startswith("whole.safetensors.sha256 cannot be removed (")
+    assert there() == sorted([*before, "whole.pth"])
     assert not Path("ran").exists()

@@ -110,7 +110,7 @@ def searched_places(weights_dir: Path | None = None) -> list[str]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Return a folder's weight files, those of snapshots and run directories in it included.
+    """Return a folder's weight files, those of snapshots and run directories in it included; links to nothing are none.
 
     Args:
         folder: the folder.
@@ -119,7 +119,7 @@ def files_in(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             found += [path / name for name in HUB_FILES if _is_snapshot(path) and (path / name).is_file()]
-        elif stem_of(path.name) and not (path.name in _BESIDE_A_MODEL and _is_snapshot(folder)):
+        elif path.is_file() and stem_of(path.name) and not (path.name in _BESIDE_A_MODEL and _is_snapshot(folder)):
             found.append(path)
     return found
 

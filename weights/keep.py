@@ -88,8 +88,8 @@ def fetch(arch: Arch, weights_dir: Path | None = None, *, force: bool = False) -
     _make_folder(folder)
     _put(target, _copy_of(source, digest), digest)
     if old and old != target:  # two files of one network would be an error in every run
-        record_path(old).unlink(missing_ok=True)
-        old.unlink(missing_ok=True)
+        _remove(record_path(old))
+        _remove(old)
     return Kept(target, cached.source if cached else "downloaded", tensors, digest)
 
 
@@ -104,11 +104,13 @@ def convert(path: Path, output: Path | None = None, *, force: bool = False) -> K
         force: replace a file that is there.
 
     Raises:
-        UsageError: the output is a folder, or is not named as safetensors.
+        UsageError: the output is a folder or is not named as safetensors, or the file is a folder.
         WeightsError: the output exists, or the file is missing, damaged, unsafe, or holds tensors that safetensors
             cannot.
         RunError: the output cannot be written.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the weight file in it.")
     suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
     target = output or path.with_name(f"{path.name.removesuffix(suffix)}.safetensors")
     if not target.name.endswith(".safetensors"):
@@ -135,9 +137,17 @@ def convert(path: Path, output: Path | None = None, *, force: bool = False) -> K
 
 def _put(target: Path, write: Callable[[BinaryIO], object] | bytes, digest: str) -> None:
     """Write a file whole, and its sha256 beside it."""
-    record_path(target).unlink(missing_ok=True)  # first, so that no kill leaves the new file with the old record
+    _remove(record_path(target))  # first, so that no kill leaves the new file with the old record
     write_atomically(target, write)
     write_record(target, digest)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file that need not be there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # a folder that is read-only, or no file
+        raise RunError(f"{path} cannot be removed ({error.strerror}); remove it, or use another folder.") from error
 
 
 def _copy_of(source: Path, digest: str) -> Callable[[BinaryIO], None]:

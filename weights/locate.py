@@ -239,6 +239,11 @@ def _with_config(arch: Arch, tag: str, own: Mapping[str, Any], config: Mapping[s
     said = {k: v for k, v in own.items() if v is not None and k not in _SOURCE_KEYS and k != "architecture"}
     merged = {**arch.config, **said}
     for key in ("input_size", "mean", "std"):
+        if not isinstance(merged[key], list | tuple):
+            raise WeightsError(
+                f"The config.json of {arch.name} has {key} {merged[key]!r}; expected a list of numbers. Mend it, or "
+                "give the weights alone in another folder."
+            )
         merged[key] = tuple(merged[key])
     if "num_classes" in config:
         merged["num_classes"] = config["num_classes"]
