@@ -157,7 +157,12 @@ def _graphics(facts: Facts) -> Check:
         return Check("gpu", OK, "not asked for without torch")
     gpus = facts.torch.get("gpus") or []
     if gpus:
-        found = ", ".join(f"{one['name']}, {size(one['free'])} of {size(one['total'])} free" for one in gpus)
+        found = ", ".join(
+            f"{one['name']}, which cannot be used: {one['error']}"
+            if one["error"]
+            else f"{one['name']}, {size(one['free'])} of {size(one['total'])} free"
+            for one in gpus
+        )
         if max(one["free"] for one in gpus) < LITTLE_MEMORY:
             return Check("gpu", WARNING, found, "End other programs that use it, or give --device cpu.")
         return Check("gpu", OK, found)

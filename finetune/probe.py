@@ -24,8 +24,11 @@ def facts() -> dict[str, Any]:
 
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(index)
-        gpus.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            gpus.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total, "error": ""})
+        except RuntimeError as error:  # another program has all of its memory, or has it for itself
+            gpus.append({"name": f"GPU {index}", "free": 0, "total": 0, "error": told(error)})
     return {
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),

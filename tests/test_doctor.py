@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from make_server import serve
 from typer.testing import CliRunner
 
 from cli.main import app
 from finetune import facts as looking
 from finetune import installed as libraries
+from finetune import probe
 from finetune.doctor import CACHE_DISK, Check, judge, worst
 from finetune.facts import Compiling, Facts
 from finetune.installed import Installed, Package
@@ -137,14 +139,29 @@ def test_processor_and_threads() -> None:
 
 
 def test_gpus() -> None:
-    gpu = {"name": "Some GPU", "free": 20 * GB, "total": 24 * GB}
+    gpu = {"name": "Some GPU", "free": 20 * GB, "total": 24 * GB, "error": ""}
     assert check("gpu", torch=with_torch(gpus=[gpu])).found == "Some GPU, 20.0 GB of 24.0 GB free"
     assert check("gpu", torch=with_torch(gpus=[{**gpu, "free": GB}])).verdict == "warning"
+    taken = {"name": "GPU 1", "free": 0, "total": 0, "error": "RuntimeError: out of memory"}
+    one = check("gpu", torch=with_torch(gpus=[gpu, taken]))
+    assert one.found == "Some GPU, 20.0 GB of 24.0 GB free, GPU 1, which cannot be used: RuntimeError: out of memory"
+    assert (one.verdict, check("gpu", torch=with_torch(gpus=[taken])).verdict) == ("ok", "warning")
     unseen = check("gpu", driver=True)
     assert (unseen.verdict, unseen.found) == ("warning", "an NVIDIA driver, and a build of PyTorch without CUDA")
     unseen = check("gpu", driver=True, torch=with_torch(cuda_build="13.0"))
     assert unseen.found == "an NVIDIA driver, and PyTorch (CUDA 13.0) sees no GPU"
     assert check("gpu", torch=with_torch(mps=True)).found == "an Apple GPU, used with --device mps"
+
+
+def test_a_gpu_that_another_program_has_is_no_broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(index: int) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCompile with more words")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    said = "RuntimeError: CUDA error: out of memory"
+    assert probe.facts()["gpus"] == [{"name": "GPU 0", "free": 0, "total": 0, "error": said}]
 
 
 def test_compilers() -> None:
