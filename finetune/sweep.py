@@ -242,6 +242,8 @@ def _run(folder: Path, candidate: Candidate, study: Study, held: Held, state: _S
         if (folder / RECIPE).is_file():
             pipeline.resume(folder, events=events, stop=study.stop, shared=shared)
         else:
+            for half_written in folder.glob(".*.tmp"):  # what a kill left of its recipe; else it is no empty folder
+                half_written.unlink(missing_ok=True)
             pipeline.run(candidate.recipe, folder, events=events, stop=study.stop, shared=shared)
     except DivergedError as error:
         state.diverged[candidate.name] = str(error)

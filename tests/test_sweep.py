@@ -229,6 +229,8 @@ def test_a_sweep_that_was_stopped_goes_on_in_the_run_it_was_in(done: Done, tmp_p
     )
     assert not (tmp_path / "sweep" / "sweep.html").exists()
     assert [row["epoch"] for row in metrics(tmp_path / "sweep" / "fc-lr0.01")] == [1]
+    (tmp_path / "sweep" / "fc-lr1e+30").mkdir()
+    (tmp_path / "sweep" / "fc-lr1e+30" / ".recipe.toml.0a1b2c3d.tmp").write_text("what a kill left")
     before, notes = dataclasses.replace(counts), list[str]()
     result = resume_sweep(tmp_path / "sweep", events=Events(note=notes.append))
     assert counts == before, "no feature is computed again"
