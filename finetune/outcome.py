@@ -20,6 +20,7 @@ from finetune.metrics import calibrate, confusion_matrix, is_uneven, mean_recall
 from finetune.models import Prepared
 from finetune.recipe import PLACES, Recipe, to_table
 from finetune.rundir import CONFIG, MODEL
+from finetune.skipping import Skipping
 from finetune.temperature import NOT_FITTED, Temperature, fit_temperature
 from weights.save import save_checkpoint, write_config
 
@@ -132,7 +133,7 @@ def summarise(
 
 def _budget_facts(recipe: Recipe, progress: Mapping[str, Any], images: int) -> dict[str, Any]:
     """Return how far --budget let training come, in epochs."""
-    done = progress["epoch"] - progress["unseen"] / images
+    done = Skipping(images, recipe.epochs or 1, recipe.skip_easy).done(progress["epoch"], progress["unseen"])
     return {"budget": recipe.budget, "epochs": round(done, 2), "of": recipe.epochs}
 
 

@@ -166,7 +166,7 @@ def _carry_out(
     if not fit(trainer, train, val, progress, listener):
         raise _stopped(directory, progress, recipe)
     if progress.out_of_time:
-        done = progress.epoch - progress.unseen / len(data.train)
+        done = trainer.skipping.done(progress.epoch, progress.unseen)
         events.note(f"--budget {recipe.budget} ended training after {done:.1f} of {trainer.epochs} epochs.")
     if best is not None:
         trainer.suffix.load_state_dict(best)

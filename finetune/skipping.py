@@ -43,6 +43,10 @@ class Skipping:
         """Return how many images an epoch trains on; one easy image at least, to count for the others."""
         return self.images - (min(round(self.share * self._easy), self._easy - 1) if self.skips(epoch) else 0)
 
+    def done(self, epoch: int, unseen: int) -> float:
+        """Return how many epochs are behind after `epoch` of them, when the last one left `unseen` of its images."""
+        return epoch - unseen / self.kept(epoch - 1)
+
     @property
     def _easy(self) -> int:
         return round(EASY_SHARE * self.images)

@@ -48,6 +48,12 @@ def test_only_easy_images_are_left_out_and_the_others_of_them_count_for_them() -
     assert set(plain.tolist()) == {1.0}
 
 
+def test_an_epoch_that_a_budget_ended_is_a_part_of_the_images_that_it_would_have_seen() -> None:
+    skipping = Skipping(N, EPOCHS, 0.5)
+    assert [skipping.done(epoch, 35) for epoch in (1, 2)] == [0.65, 1.5]
+    assert skipping.done(2, 0) == 2
+
+
 def test_a_large_share_of_few_images_keeps_one_easy_image_to_count_for_the_others() -> None:
     skipping = Skipping(5, EPOCHS, 0.9)  # three easy images, of which 0.9 rounds to all
     kept, weights = skipping.choose(LOSSES[:5], 1, seed=0)
