@@ -119,7 +119,7 @@ def test_list_of_nothing_names_the_places(models: Path) -> None:
     assert text.startswith(f"No weights in --weights-dir {models}, the torch hub cache ")
     assert text.endswith("; finetune weights fetch gets some.\n")
     assert rows("weights", "list") == []
-    assert error("list", "--weights-dir", "nowhere") == (
+    assert error("weights", "list", "--weights-dir", "nowhere") == (
         "--weights-dir names nowhere, which is not a folder; give one that is."
     )
 
@@ -197,11 +197,11 @@ def test_a_link_to_nothing_and_a_config_of_the_wrong_kind(models: Path, original
 
 
 def test_verify_of_nothing(models: Path) -> None:
-    assert error("verify", str(models)) == (
+    assert error("weights", "verify", str(models)) == (
         f"{models} holds no weight files (.safetensors, .pth.tar, .pth, .pt, .bin, .ckpt); give a folder that does, or "
         "get some with finetune weights fetch."
     )
-    assert error("verify", "absent.pth") == "There is no file or folder absent.pth; give one that is there."
-    words = error("verify", "--weights-dir", str(models))
+    assert error("weights", "verify", "absent.pth") == "There is no file or folder absent.pth; give one that is there."
+    words = error("weights", "verify", "--weights-dir", str(models))
     assert words.startswith(f"There are no weights in --weights-dir {models}, the torch hub cache ")
     assert words.endswith("; name a file, or get some with finetune weights fetch.")
