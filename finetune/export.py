@@ -19,7 +19,7 @@ import timm
 import torch
 from torchvision.transforms.functional import center_crop
 
-from finetune.export_check import BATCHES, Agreement, Compute, compare, sample_pixels
+from finetune.export_check import BATCHES, Agreement, Compute, compare, read_back, sample_pixels
 from finetune.export_graph import Logits, Probabilities, read_onnx, read_torch, scaling_of, to_onnx, trace, write_torch
 from finetune.export_target import GRAPHS, files_of, require_target
 from finetune.trained import Trained, load_trained
@@ -197,8 +197,10 @@ def _write_graph(trained: Trained, to: str, output: Path, with_preprocessing: bo
             write_torch(program, text, file)
         file.flush()
         written = Path(file.name)
-        compute = read_onnx(written) if to == "onnx" else read_torch(written)
-        checked.append(compare(exact, compute, batches, f"The {to} file of {name}"))
+        what = f"The {to} file of {name}"
+        with read_back(what):
+            compute = read_onnx(written) if to == "onnx" else read_torch(written)
+        checked.append(compare(exact, compute, batches, what))
 
     write_atomically(output, write)
     return checked[0]
@@ -222,19 +224,20 @@ def _exactly(trained: Trained) -> Compute:
 
 
 def _write_weights(trained: Trained, to: str, output: Path) -> Agreement:
-    """Write weights and config.json into a folder beside the output, load and compare them, and move them."""
+    """Write weights and config.json into a folder of their own, load and compare them, and move them."""
     files = files_of(to, output)
     target = files[0].parent
-    with _beside(output) as folder:
+    with _short_lived(target if target.is_dir() else target.parent, output) as folder:
         weights, config = (folder / file.name for file in files)
         save_checkpoint(weights, trained.model.state_dict(), {**trained.about, **about(trained)})
         write_atomically(config, (json.dumps(trained.config, indent=2, ensure_ascii=False) + "\n").encode())
-        if to == "timm":
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        else:
-            model = load_trained(weights).model
-        name = f"The {to} form of {trained.arch.name}"
-        agreement = compare(trained.model, model, _images(trained), name)
+        what = f"The {to} form of {trained.arch.name}"
+        with read_back(what):
+            if to == "timm":
+                model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            else:
+                model = load_trained(weights).model
+        agreement = compare(trained.model, model, _images(trained), what)
         if target.is_dir():
             for file in (weights, config):
                 file.replace(target / file.name)
@@ -244,13 +247,17 @@ def _write_weights(trained: Trained, to: str, output: Path) -> Agreement:
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """Make a folder beside the output that is gone in the end, whatever happens.
+def _short_lived(place: Path, output: Path) -> Iterator[Path]:
+    """Make a folder that is gone in the end, whatever happens.
+
+    Args:
+        place: where; what is in the folder can be moved to the output from there.
+        output: for messages.
 
     Raises:
         RunError: the system refuses.
     """
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
+    folder = place / f".finetune.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir()
         yield folder

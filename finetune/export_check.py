@@ -5,7 +5,8 @@ Legend: N images in a batch, S pixels into the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +98,28 @@ def _computed(exported: Compute, batch: torch.Tensor, truth: torch.Tensor, what:
         if values.shape != truth.shape:
             raise ValueError(f"outputs are {tuple(values.shape)}, not {tuple(truth.shape)}")
     except Exception as error:  # a runtime's own kinds of error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RunError(
-            f"{what} cannot compute a batch of {' × '.join(map(str, batch.shape))} ({reason}); it was not kept."
+            f"{what} cannot compute a batch of {' × '.join(map(str, batch.shape))} ({_first_line(error)}); it was not "
+            "kept."
         ) from error
     return values
+
+
+@contextmanager
+def read_back(what: str) -> Iterator[None]:
+    """Explain that what was written cannot be read: a runtime may lack an operation, or timm know another config.json.
+
+    Args:
+        what: was written, for messages.
+
+    Raises:
+        RunError: whatever is raised inside.
+    """
+    try:
+        yield
+    except Exception as error:  # a runtime's own kinds of error
+        raise RunError(f"{what} cannot be read back ({_first_line(error)}); it was not kept.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

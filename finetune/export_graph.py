@@ -196,7 +196,8 @@ def read_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: its hints on how a graph could be quicker are not for the user
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # Its bytes, not its path: the file may still be open for writing, and on Windows onnxruntime refuses such a one.
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     takes, gives = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     def compute(batch: torch.Tensor) -> torch.Tensor:

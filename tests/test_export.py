@@ -274,6 +274,34 @@ def test_what_fails_the_check_is_not_kept(trained: Trained, tmp_path: Path, monk
     assert (tmp_path / "old.pt2").read_text() == "mine"
 
 
+def test_what_cannot_be_read_back_is_not_kept(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("no such operation\nat line 7")
+
+    monkeypatch.setattr("finetune.export.read_torch", refuse)
+    assert refused(RunError, trained, "torch-export", tmp_path / "x.pt2") == (
+        "The torch-export file of finetune_multistage cannot be read back (no such operation); it was not kept."
+    )
+    monkeypatch.setattr(timm, "create_model", refuse)  # as timm's own code does for a config.json of a newer version
+    assert refused(RunError, trained, "timm", tmp_path / "new") == (
+        "The timm form of finetune_multistage cannot be read back (no such operation); it was not kept."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_is_in_can_be_the_output(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    export(trained, "timm", Path())
+    assert load_trained(here).classes == CLASSES
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_the_check_finds_what_is_wrong() -> None:
     batches = export_check.sample_pixels([(8, 8), (8, 8), (9, 7)])
     assert [tuple(batch.shape) for batch in batches] == [(1, 3, 8, 8), (2, 3, 8, 8), (5, 3, 9, 7)]
