@@ -87,8 +87,9 @@ def load_trained(path: Path) -> Trained:
         ) from error
     classes = _class_names(config, place)
     arch, size, crop_pct = _with_preprocessing(arch, config, place)
+    model_args = _known(config, "model_args", dict, place) if config.get("model_args") else {}
     try:
-        model, _ = build(arch, len(classes), size, dict(config.get("model_args") or {}))
+        model, _ = build(arch, len(classes), size, dict(model_args))
     except UsageError as error:
         raise WeightsError(f"{place} does not describe a network that can be built: {error}") from error
     account = load_into(model, read_tensors(file), head=(), where=str(file), keep_head=True)
@@ -162,7 +163,8 @@ def _known(config: dict[str, Any], key: str, kind: type, place: Path) -> Any:
 
 def _class_names(config: dict[str, Any], place: Path) -> tuple[str, ...]:
     # timm writes the names beside the architecture, older versions of it among the preprocessing
-    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    older = config.get("pretrained_cfg")
+    names = config.get("label_names") or (older.get("label_names") if isinstance(older, dict) else None)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise WeightsError(
             f'{place} lacks the names of the classes ("label_names"), so predictions could not be named; write them '

@@ -120,6 +120,8 @@ def test_what_is_not_there(copy: Path, tmp_path: Path) -> None:
         (lambda config: config["pretrained_cfg"].update(input_size=[3, 32, 64]), "expected 3 colours and a square"),
         (lambda config: config["finetune"].update(temperature=0), "has a temperature of 0; expected a number above 0"),
         (lambda config: config.update(model_args={"wings": 2}), "does not describe a network that can be built"),
+        (lambda config: config.update(model_args=["wings"]), 'HERE/config.json has a wrong "model_args"; expected'),
+        (lambda config: config.update(label_names=None, pretrained_cfg="a1"), "lacks the names of the classes"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_be_right(copy: Path, edit: Callable[[dict[str, Any]], object], words: str) -> None:
