@@ -30,7 +30,7 @@ from finetune.decode import set_warnings
 from finetune.device import pick_device, settle
 from finetune.inference import autocast, evaluation_batch
 from finetune.inputs import find_images
-from finetune.pictures import Decoded, Picture, begin, finish
+from finetune.pictures import Decoded, Framing, Picture, begin, finish
 from finetune.precision import DTYPES
 from finetune.recipe import Recipe
 from finetune.trained import Trained, load_trained
@@ -132,6 +132,8 @@ class Classifier:
         self._dtype, self._size = DTYPES[precision], trained.preprocessing.size
         # With a crop, images are scaled to more than S and cut, as timm does: floor(size / crop_pct).
         self._preprocessing = dataclasses.replace(trained.preprocessing, size=math.floor(self._size / trained.crop_pct))
+        fill = tuple(round(255 * part) for part in trained.preprocessing.mean)
+        self._framing = Framing(self._preprocessing.size, trained.crop_mode, fill)
 
     def __repr__(self) -> str:
         return f"Classifier({self.trained.arch.name}, {len(self.classes)} classes, temperature {self.temperature:g})"
@@ -184,14 +186,14 @@ class Classifier:
         """
         if topk < 1:
             raise UsageError(f"--topk is {topk}; give a whole number of at least 1.")
-        coming, side = iter(images), self._preprocessing.size
+        coming = iter(images)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             batch: list[Decoded] | None = None
             while batch is None or batch:
                 # No thread runs while the caller has the results, so that the warning filters are the caller's then.
                 with warnings.catch_warnings():
                     set_warnings()
-                    ahead = [begin(one, side, pool) for one in islice(coming, self.batch_size)]
+                    ahead = [begin(one, self._framing, pool) for one in islice(coming, self.batch_size)]
                     results = self._results(batch or [], topk)
                     batch = [finish(one) for one in ahead]
                 if results:

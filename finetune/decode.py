@@ -109,25 +109,6 @@ def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.ui
         return to_square(upright(opened), side)
 
 
-def decode_within(path: Path, side: int) -> NDArray[np.uint8]:
-    """Decode one image file to a square whose side is the image's own shorter side, but no more than `side`.
-
-    Args:
-        path: the file.
-        side: side of the square, at most.
-
-    Returns:
-        uint8 (3, S, S).
-
-    Raises:
-        OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError: as for `decode_image`.
-    """
-    with Image.open(path) as opened:
-        side = min(side, *opened.size)
-        opened.draft(None, (2 * side, 2 * side))
-        return to_square(upright(opened), side)
-
-
 def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     """Bring the shorter side of an 8-bit RGB image to S and keep the centre square: uint8 (3, S, S)."""
     width, height = image.size

@@ -149,7 +149,6 @@ def ports(trained: Trained, with_preprocessing: bool) -> tuple[Port, Port]:
 def about(trained: Trained, with_preprocessing: bool = False) -> dict[str, Any]:
     """Return what travels inside every form: class names, preprocessing, temperature; of a graph its ends too."""
     preprocessing, size = trained.preprocessing, trained.preprocessing.size
-    said = trained.config.get("pretrained_cfg", {})
     # config.json may name a filter that only Pillow has; in a graph stands what the graph does.
     named = None if with_preprocessing else trained.arch.config.get("interpolation")
     return {
@@ -161,7 +160,7 @@ def about(trained: Trained, with_preprocessing: bool = False) -> dict[str, Any]:
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
             "crop_pct": trained.crop_pct,
-            "crop_mode": said.get("crop_mode") or "center",
+            "crop_mode": trained.crop_mode,
         },
         "temperature": trained.temperature.value,
     }

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from finetune.decode import decode_within, reason_of, to_square, upright
+from finetune.decode import reason_of, to_square, upright
 from weights.errors import UsageError
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
@@ -36,8 +36,38 @@ class Decoded:
     reason: str = ""
 
 
-def begin(picture: Picture, side: int, pool: ThreadPoolExecutor) -> Future[Decoded] | Decoded:
-    """Begin to decode an image to a square whose side is its own shorter side, but no more than `side`.
+@dataclass(frozen=True)
+class Framing:
+    """How an image becomes a square.
+
+    Attributes:
+        side: of the square, at most.
+        mode: what becomes of an image that is none, in timm's words: center keeps the centre square, squash squeezes
+            the whole image, border puts it on a square of one colour.
+        fill: that colour.
+    """
+
+    side: int
+    mode: str = "center"
+    fill: tuple[int, ...] = (0, 0, 0)
+
+    def apply(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Return the square uint8 (3, S, S) of an 8-bit RGB image; one whose shorter side is less is not scaled up.
+
+        Raises:
+            ValueError: an image without pixels.
+        """
+        if not all(image.size):
+            raise ValueError("it has no pixels")
+        if self.mode == "squash":
+            image = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
+        elif self.mode == "border":
+            image = ImageOps.pad(image, (self.side, self.side), Image.Resampling.BILINEAR, color=self.fill)
+        return to_square(image, min(self.side, *image.size))
+
+
+def begin(picture: Picture, framing: Framing, pool: ThreadPoolExecutor) -> Future[Decoded] | Decoded:
+    """Begin to decode an image to a square.
 
     Files are decoded by the pool. What is in memory is decoded here and now: a Pillow image may not have been read yet,
     and threads must not read the same one at once.
@@ -46,10 +76,10 @@ def begin(picture: Picture, side: int, pool: ThreadPoolExecutor) -> Future[Decod
         UsageError: it is no image.
     """
     if isinstance(picture, str | os.PathLike):
-        return pool.submit(_decode_file, os.fspath(picture), side)
+        return pool.submit(_decode_file, os.fspath(picture), framing)
     image = picture if isinstance(picture, Image.Image) else _from_array(picture)
     try:
-        return Decoded(None, to_square(upright(image), min(side, *image.size)))
+        return Decoded(None, framing.apply(upright(image)))
     except Exception as error:  # what Pillow has opened and not read yet may be as damaged as any file
         return Decoded(None, None, str(error) or type(error).__name__)
 
@@ -59,9 +89,12 @@ def finish(begun: Future[Decoded] | Decoded) -> Decoded:
     return begun.result() if isinstance(begun, Future) else begun
 
 
-def _decode_file(path: str, side: int) -> Decoded:
+def _decode_file(path: str, framing: Framing) -> Decoded:
     try:
-        return Decoded(path, decode_within(Path(path), side))
+        with Image.open(path) as opened:
+            side = min(framing.side, *opened.size)
+            opened.draft(None, (2 * side, 2 * side))  # JPEG: decode at the smallest scale that keeps twice the side
+            return Decoded(path, framing.apply(upright(opened)))
     except Exception as error:  # damaged bytes can make Pillow's readers raise nearly anything
         return Decoded(path, None, reason_of(Path(path), error))
 

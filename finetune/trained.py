@@ -24,6 +24,7 @@ from weights.errors import UsageError, WeightsError
 from weights.load import load_into, read_tensors
 from weights.save import read_about
 
+CROP_MODES = ("center", "squash", "border")  # timm's
 UNKNOWN = Temperature(1.0, "config.json holds none")
 
 
@@ -40,6 +41,7 @@ class Trained:
         trained_layers: names of the modules that trained, as `Selection.names`; None where nobody wrote them down.
         recipe: settings of the run that made it; None where nobody wrote them down.
         crop_pct: share of an image that the centre crop keeps; 1 for every run of this project.
+        crop_mode: how timm makes an image square: center, which is that of every run of this project, squash or border.
         folder: where it lies.
         config: all of config.json.
         about: the checkpoint's metadata; empty where nobody wrote any.
@@ -53,6 +55,7 @@ class Trained:
     trained_layers: tuple[str, ...] | None
     recipe: Recipe | None
     crop_pct: float
+    crop_mode: str
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +89,8 @@ def load_trained(path: Path) -> Trained:
             f"{place} names a network that cannot be built here ({error}); it may want a newer timm."
         ) from error
     classes = _class_names(config, place)
-    arch, size, crop_pct = _with_preprocessing(arch, config, place)
+    arch, size = _with_preprocessing(arch, config, place)
+    crop_pct, crop_mode = _crop(config["pretrained_cfg"], place)
     model_args = _known(config, "model_args", dict, place) if config.get("model_args") else {}
     try:
         model, _ = build(arch, len(classes), size, dict(model_args))
@@ -110,6 +114,7 @@ def load_trained(path: Path) -> Trained:
         trained_layers=tuple(about["trained_layers"]) if "trained_layers" in about else None,
         recipe=_recipe(about, file),
         crop_pct=crop_pct,
+        crop_mode=crop_mode,
         folder=file.parent,
         config=config,
         about=about,
@@ -176,17 +181,14 @@ def _class_names(config: dict[str, Any], place: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tuple[Arch, int, float]:
-    """Return the network with the configuration's preprocessing, the input side, and the crop."""
+def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tuple[Arch, int]:
+    """Return the network with the configuration's preprocessing, and the input side."""
     said = _known(config, "pretrained_cfg", dict, place)
     channels, height, width = _numbers(said, "input_size", place)
     if channels != 3 or height != width or height < 1:
         raise WeightsError(
             f'{place} has "input_size" {said["input_size"]}; expected 3 colours and a square, such as [3, 224, 224].'
         )
-    crop_pct = said.get("crop_pct") or 1.0
-    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
-        raise WeightsError(f'{place} has "crop_pct" {crop_pct!r} in "pretrained_cfg"; expected a number from 0 to 1.')
     merged = {
         **arch.config,
         "input_size": (3, int(height), int(width)),
@@ -195,7 +197,19 @@ def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tupl
         "interpolation": said.get("interpolation") or arch.config.get("interpolation"),
     }
     # No tag: it would be that of the weights training began with.
-    return Arch(arch.name, "", merged), int(height), float(crop_pct)
+    return Arch(arch.name, "", merged), int(height)
+
+
+def _crop(said: dict[str, Any], place: Path) -> tuple[float, str]:
+    """Return which share of an image the model sees, and how timm makes it square."""
+    share, mode = said.get("crop_pct") or 1.0, said.get("crop_mode") or CROP_MODES[0]
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise WeightsError(f'{place} has "crop_pct" {share!r} in "pretrained_cfg"; expected a number from 0 to 1.')
+    if mode not in CROP_MODES:
+        raise WeightsError(
+            f'{place} has "crop_mode" {mode!r} in "pretrained_cfg"; expected one of {", ".join(CROP_MODES)}.'
+        )
+    return float(share), mode
 
 
 def _numbers(said: dict[str, Any], key: str, place: Path) -> tuple[float, ...]:

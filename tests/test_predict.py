@@ -126,6 +126,25 @@ def test_predictions_are_those_of_timm(copy: Path, crop_pct: float, tolerance: f
     assert same is (crop_pct == 1)
 
 
+def test_images_that_are_not_square_become_so_as_in_timm(copy: Path) -> None:
+    change(copy, lambda config: config["finetune"].update(temperature=1))
+    noise = make_images(0, 2, size=64, seed=5).test.transpose(0, 2, 3, 1)
+    images = [Image.fromarray(noise[0, :32]), Image.fromarray(noise[1, :, :32])]
+    given, timms = [], []
+    for mode in ("center", "squash", "border"):
+        config = json.loads((copy / "config.json").read_text())
+        config["pretrained_cfg"] |= {"crop_mode": mode, "interpolation": "bilinear"}
+        (copy / "config.json").write_text(json.dumps(config))
+        model = timm.create_model(f"local-dir:{copy}", pretrained=True).eval()
+        prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        with torch.no_grad():
+            timms.append(model(torch.stack([prepare(image) for image in images])).double().softmax(1))
+        classifier = load(copy)
+        given.append(chances(classifier.predict(images), classifier.classes))
+    same = [[torch.allclose(one, other, atol=1e-3) for other in timms] for one in given]
+    assert same == [[True, False, False], [False, True, False], [False, False, True]]
+
+
 def test_top_k(place: Path) -> None:
     classifier = load(place / "run")
     everything, two = classifier.predict(place / "small"), classifier.predict(place / "small", topk=2)
@@ -235,6 +254,8 @@ def test_what_is_no_image(place: Path, tmp_path: Path) -> None:
         (batch,) = classifier.predict_batches([half])
     assert isinstance(batch[0], Unreadable)
     assert batch[0].path is None
+    (batch,) = classifier.predict_batches([Image.new("RGB", (0, 9))])
+    assert batch == [Unreadable(None, "it has no pixels")]
 
 
 def test_models_that_cannot_answer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def test_what_is_not_there(copy: Path, tmp_path: Path) -> None:
         (lambda config: config.pop("pretrained_cfg"), 'HERE/config.json lacks "pretrained_cfg"'),
         (lambda config: config["pretrained_cfg"].update(mean=[0.5]), 'has "mean" [0.5] in "pretrained_cfg"; expected'),
         (lambda config: config["pretrained_cfg"].update(crop_pct="all"), 'has "crop_pct" \'all\' in "pretrained_cfg"'),
+        (lambda config: config["pretrained_cfg"].update(crop_mode="fit"), "expected one of center, squash, border."),
         (lambda config: config["pretrained_cfg"].update(input_size=[3, 32, 64]), "expected 3 colours and a square"),
         (lambda config: config["finetune"].update(temperature=0), "has a temperature of 0; expected a number above 0"),
         (lambda config: config.update(model_args={"wings": 2}), "does not describe a network that can be built"),
