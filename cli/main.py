@@ -5,6 +5,7 @@ Nothing here imports torch: `finetune --help` answers at once.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any
 
@@ -77,6 +78,9 @@ def version_callback(
 def main() -> None:
     """Run the command line."""
     tune_allocator()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # Names of classes and files that the terminal's or the pipe's encoding lacks become escapes, not an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="finetune")
     sys.exit(0)
 

@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from cli.main import app
 from cli.options import PANELS
 from finetune.recipe import Recipe, flag, to_table
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "check", "init", "plan", "run", "sweep", "eval", "report", "layers", "demo", "cache", "cache list", "cache clear",
     "weights", "weights list", "weights fetch", "weights verify", "weights convert", "doctor",
@@ -56,6 +59,15 @@ def invoke(*words: str) -> Result:
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert "\x1b" not in result.output, "escape codes in a pipe"
     return result
+
+
+def test_letters_that_standard_output_has_no_code_for() -> None:
+    """As in a pipe on Windows, whose encoding holds the letters of a few languages."""
+    words = [sys.executable, "-m", "cli", "baseline", "--data", "Äpfel", "--show-recipe"]
+    settings = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=settings, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 'data = "\\xc4pfel"' in done.stdout
 
 
 def run_words(root: Path, **settings: str) -> list[str]:
