@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
         "gpus": gpus,
         "mps": torch.backends.mps.is_available(),
         "hub": torch.hub.get_dir(),
-        "broken": {name: error for name in ALSO_IMPORTED if (error := import_error(name))},
+        "broken": {name: reason for name in ALSO_IMPORTED if (reason := import_error(name))},
     }
 
 
