@@ -154,7 +154,7 @@ class Classifier:
             UsageError: a `topk` below 1, or something that is no image.
             WeightsError: the model's outputs are not finite numbers.
         """
-        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) or not isinstance(images, Iterable):
             images = list(images) if isinstance(images, np.ndarray) and images.ndim == 4 else [images]
         pictures: list[Picture] = []
         for one in images:

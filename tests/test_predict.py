@@ -232,6 +232,7 @@ def _modules_after(code: str) -> list[str]:
 def test_what_is_no_image(place: Path, tmp_path: Path) -> None:
     classifier = load(place / "run")
     cases: tuple[tuple[Any, str], ...] = (
+        (None, "An image is a NoneType; give a path, a Pillow image or a uint8 array."),
         ([3], "An image is a int; give a path, a Pillow image or a uint8 array."),
         (np.zeros((4, 4, 3)), "An image is an array of float64 (4, 4, 3); give uint8 pixels, (height, width, 3) or"),
         (np.zeros((3, 4, 4), np.uint8), "An image is an array of uint8 (3, 4, 4); give uint8 pixels"),
