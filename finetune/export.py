@@ -256,7 +256,7 @@ def _short_lived(place: Path, output: Path) -> Iterator[Path]:
     Raises:
         RunError: the system refuses.
     """
-    folder = place / f".finetune.{secrets.token_hex(4)}.tmp"
+    folder = place / f".finetune-{secrets.token_hex(4)}"  # no .tmp: in a run directory those are files to sweep away
     try:
         folder.mkdir()
         yield folder

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from finetune.augment import Preprocessing
+from finetune.grid import SWEEP
 from finetune.models import build, check_size, preprocessing_of
 from finetune.recipe import Recipe, from_table
 from finetune.rundir import CHECKPOINT, CONFIG, MODEL, SUMMARY
@@ -130,6 +131,8 @@ def _weights_file(path: Path) -> Path:
             raise WeightsError(
                 f"{path} is a run that was not finished and has no {MODEL}; go on with finetune run --resume {path}"
             )
+        if (path / SWEEP).exists():
+            raise WeightsError(f"{path} holds the runs of a sweep; give one of them, such as the one that it chose.")
         raise WeightsError(f"{path} holds no {MODEL}; give a run directory that finetune run has finished.")
     if not path.is_file():
         raise WeightsError(

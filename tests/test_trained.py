@@ -103,6 +103,8 @@ def test_what_is_not_there(copy: Path, tmp_path: Path) -> None:
     )
     (copy / "model.safetensors").unlink()
     assert refused(copy) == "HERE holds no model.safetensors; give a run directory that finetune run has finished."
+    (copy / "sweep.toml").touch()
+    assert refused(copy).startswith("HERE holds the runs of a sweep; give one of them, such as")
     (copy / "checkpoint.pt").touch()
     assert "is a run that was not finished" in refused(copy)
 
