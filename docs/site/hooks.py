@@ -28,7 +28,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Reference": ("docs/data.md", "docs/weights.md", "docs/networks.md", "docs/precision.md", "docs/reliability.md"),
     "Troubleshooting": ("docs/troubleshooting.md",),
     "Measurements": (
-        "docs/results.md", "docs/benchmarks.md", "docs/log.md", "benchmarks/README.md", "benchmarks/results/*.md",
+        "docs/results.md", "docs/benchmarks.md", "docs/scale.md", "docs/log.md", "benchmarks/README.md",
+        "benchmarks/results/*.md",
     ),
     "How it works": ("docs/design.md", "docs/decisions/*.md", "docs/contributing.md", "CHANGELOG.md"),
 }  # fmt: skip
