@@ -92,8 +92,10 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = grid_lines(levels, y)
+    digits = decimals(marks)
     for mark in marks:
-        parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{mark:,.0f}</text>')
+        label = f"{mark:,.{digits}f}"
+        parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{label}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
     parts.append(f'<text x="0" y="14">{title.lower()}{unit and f" in{unit}"}</text>')
     for number, (_, along, values) in enumerate(lines):
@@ -112,12 +114,17 @@ def overlay(key: str, title: str, across: str, unit: str, lines: Sequence[tuple[
 
 def grid_lines(levels: Sequence[float], y: Callable[[float], float], width: int = WIDTH) -> list[str]:
     """Return a grid line and its value for each level, in a chart of this width."""
-    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
+    digits = decimals(levels)
     parts = []
     for level in levels:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.{digits}f}</text>')
     return parts
+
+
+def decimals(marks: Sequence[float]) -> int:
+    """Return how many decimals tell the marks of an axis apart."""
+    return max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from make_page import Page
 
-from finetune.chart import ticks, whole_ticks
+from finetune.chart import overlay, ticks, whole_ticks
 from finetune.metrics import calibrate
 from finetune.predictions import Predictions, illustrate
 from finetune.report import write_report
@@ -313,6 +313,14 @@ def test_light_dark_and_print_are_styled(tmp_path: Path) -> None:
 )
 def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_runs_of_less_than_a_second_have_an_axis_that_tells_times_apart() -> None:
+    figure = overlay("time", "Accuracy", "seconds", " %", [("a", [0.2, 0.9], [10.0, 20.0])])
+    labels = re.findall(r'text-anchor="middle">([0-9.,]+)<', figure)
+    assert len(labels) > 2
+    assert labels == sorted(set(labels), key=float)
+    assert ">5,000<" in overlay("time", "Accuracy", "seconds", " %", [("a", [1000.5, 4900.0], [10.0, 20.0])])
 
 
 def test_epoch_ticks_are_whole_and_few() -> None:
