@@ -208,8 +208,8 @@ class Trainer:
         losses = torch.zeros((), device=self.device, dtype=exact)
         correct = torch.zeros((), device=self.device, dtype=exact)
         counted = torch.zeros((), device=self.device, dtype=exact)  # images, as often as their losses count
-        kept, weights = self.skipping.choose(self.losses, epoch, self.recipe.seed)
-        batches = self.batches[epoch]
+        kept, weights = self.skipping.choose(self.losses, epoch, self.recipe.seed) or (None, None)
+        batches, before = self.batches[epoch], sum(self.batches[:epoch])
         corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
         lr, seen = 0.0, 0
         planned = epoch_batches(self.images, batches, split.views, epoch, self.recipe, kept)
@@ -221,19 +221,19 @@ class Trainer:
             inputs = split.source.take(rows, views)
             if self.windows is not None and corners is not None:
                 inputs = self.windows.cut(inputs, epoch, corners[rows])
-            counts = weights[rows].to(self.device, non_blocking=True)
-            loss, right = self.step(inputs, labels, None if kept is None else counts)
+            counts = None if weights is None else weights[rows].to(self.device, non_blocking=True)
+            loss, right = self.step(inputs, labels, counts)
             if self.recipe.skip_easy:
                 self.losses[rows.to(self.device, non_blocking=True)] = loss
-            losses += (loss * counts).to(exact).sum()
-            correct += (right * counts).to(exact).sum()
-            counted += counts.to(exact).sum()
+            if counts is not None:
+                loss, right = loss * counts, right * counts
+            losses += loss.to(exact).sum()
+            correct += right.to(exact).sum()
+            counted += len(rows) if counts is None else counts.to(exact).sum()
             seen += len(rows)
             last = done + 1 == batches or self.over
             if self.device.type == "cpu" or done % 50 == 0 or last:
-                require_finite(
-                    losses, sum(self.batches[:epoch]) + done, lr
-                )  # reading the loss waits for a GPU: not each step
+                require_finite(losses, before + done, lr)  # reading the loss waits for a GPU: not each step
             report(done + 1, batches)
             if last:
                 break

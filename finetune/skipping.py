@@ -56,8 +56,8 @@ class Skipping:
         """Mean share of the images that an epoch trains on, 0 to 1."""
         return sum(self.kept(epoch) for epoch in range(self.epochs)) / (self.images * self.epochs)
 
-    def choose(self, losses: torch.Tensor, epoch: int, seed: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return what an epoch trains on, and how much it counts.
+    def choose(self, losses: torch.Tensor, epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what an epoch trains on and how much it counts, or None where it is every image, once.
 
         Args:
             losses: float32 (N,), each image's loss when it was last seen.
@@ -65,16 +65,16 @@ class Skipping:
             seed: of the run; which of the easy images are left out is drawn from it and the epoch.
 
         Returns:
-            bool (N,), True for an image that is trained on, or None where every image is; and float32 (N,), what its
-            loss is multiplied with: 1, and for easy images as much more as makes up for those left out. On the CPU.
+            bool (N,), True for an image that is trained on; and float32 (N,), what its loss is multiplied with: 1, and
+            for easy images as much more as makes up for those left out. Both on the CPU.
         """
-        weights = torch.ones(self.images)
         if not self.skips(epoch):
-            return None, weights
+            return None
         easy = losses.cpu().argsort(stable=True)[: self._easy]
         generator = torch.Generator().manual_seed((seed + 1) * 2_000_003 + epoch)  # a stream of its own
         out = easy[torch.randperm(len(easy), generator=generator)[: self.images - self.kept(epoch)]]
         kept = torch.ones(self.images, dtype=torch.bool)
         kept[out] = False
+        weights = torch.ones(self.images)
         weights[easy] = len(easy) / (len(easy) - len(out))
         return kept, weights
