@@ -244,7 +244,8 @@ def _read(path: Path, name: str) -> RunResult:
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
+        reason = f"{SUMMARY} or {METRICS}: {error.strerror}" if isinstance(error, OSError) else error
         raise RunError(
-            f"{path} is no finished run ({error}); give a folder that finetune run or finetune baseline has finished."
+            f"{path} is no finished run ({reason}); give a folder that finetune run or finetune baseline has finished."
         ) from error
     return RunResult(name, str(path), summary, rows, read_toml(path / RECIPE))

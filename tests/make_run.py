@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,11 @@ def model_bytes(folder: Path) -> bytes:
 def tensors(path: Path) -> dict[str, Tensor]:
     """Return a safetensors file's tensors."""
     return safetensors.torch.load(path.read_bytes())  # older load_file maps the file, which a test may overwrite
+
+
+def change_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite a model's config.json after `edit` has changed it in place."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))

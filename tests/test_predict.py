@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 import timm
 import torch
 from make_data import make_images, write_class_folders, write_image_folder
-from make_run import tiny_recipe, write_weights
+from make_run import change_config, tiny_recipe, write_weights
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -55,13 +55,6 @@ def copy(place: Path, tmp_path: Path) -> Path:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(place / "run" / name, tmp_path / name)
     return tmp_path
-
-
-def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    edit(config)
-    path.write_text(json.dumps(config))
 
 
 def load(folder: Path, **settings: Any) -> Classifier:
@@ -108,8 +101,8 @@ def test_predictions_are_those_of_eval(place: Path, name: str) -> None:
 @pytest.mark.parametrize(("crop_pct", "tolerance"), [(1.0, 1e-5), (0.875, 0.02)])
 def test_predictions_are_those_of_timm(copy: Path, crop_pct: float, tolerance: float) -> None:
     """timm resizes pixels that are whole numbers, so a crop, for which it scales up first, rounds a little."""
-    change(copy, lambda config: config["pretrained_cfg"].update(crop_pct=crop_pct))
-    change(copy, lambda config: config["finetune"].update(temperature=1))
+    change_config(copy, lambda config: config["pretrained_cfg"].update(crop_pct=crop_pct))
+    change_config(copy, lambda config: config["finetune"].update(temperature=1))
     pixels = make_images(0, 12, size=32, seed=5).test.transpose(0, 2, 3, 1)
     images = [Image.fromarray(one) for one in pixels]
     model = timm.create_model(f"local-dir:{copy}", pretrained=True).eval()
@@ -121,13 +114,13 @@ def test_predictions_are_those_of_timm(copy: Path, crop_pct: float, tolerance: f
     assert [one.label for one in predictions] == [classifier.classes[index] for index in logits.argmax(1)]
     assert torch.allclose(chances(predictions, classifier.classes), logits.double().softmax(1), atol=tolerance)
     whole = logits.double().softmax(1)
-    change(copy, lambda config: config["pretrained_cfg"].update(crop_pct=1.0))
+    change_config(copy, lambda config: config["pretrained_cfg"].update(crop_pct=1.0))
     same = torch.allclose(chances(load(copy).predict(images), classifier.classes), whole, atol=1e-4)
     assert same is (crop_pct == 1)
 
 
 def test_images_that_are_not_square_become_so_as_in_timm(copy: Path) -> None:
-    change(copy, lambda config: config["finetune"].update(temperature=1))
+    change_config(copy, lambda config: config["finetune"].update(temperature=1))
     noise = make_images(0, 2, size=64, seed=5).test.transpose(0, 2, 3, 1)
     images = [Image.fromarray(noise[0, :32]), Image.fromarray(noise[1, :, :32])]
     given, timms = [], []
@@ -158,9 +151,9 @@ def test_top_k(place: Path) -> None:
 
 
 def test_probabilities_are_calibrated(place: Path, copy: Path) -> None:
-    change(copy, lambda config: config["finetune"].update(temperature=1))
+    change_config(copy, lambda config: config["finetune"].update(temperature=1))
     plain = load(copy).predict(place / "small")
-    change(copy, lambda config: config["finetune"].update(temperature=3, reason="for this test"))
+    change_config(copy, lambda config: config["finetune"].update(temperature=3, reason="for this test"))
     classifier = load(copy)
     assert (classifier.temperature, classifier.temperature_reason) == (3, "for this test")
     expected = (chances(plain, classifier.classes).log() / 3).softmax(1)
@@ -362,11 +355,13 @@ def test_json_csv_and_table_say_the_same(place: Path) -> None:
 
 
 def test_the_temperature_is_told(place: Path, copy: Path) -> None:
-    change(copy, lambda config: config["finetune"].update(temperature=1.5, reason="fitted on 7 validation images"))
+    change_config(
+        copy, lambda config: config["finetune"].update(temperature=1.5, reason="fitted on 7 validation images")
+    )
     said = "Probabilities are calibrated with temperature 1.5 (fitted on 7 validation images)."
     assert invoke(copy, place / "small").stdout.splitlines()[-1] == said
     assert invoke(copy, place / "small", "--csv").stderr == ""
-    change(copy, lambda config: config.pop("finetune"))
+    change_config(copy, lambda config: config.pop("finetune"))
     said = "Probabilities are not calibrated: the temperature is 1 (config.json holds none)."
     assert invoke(copy / "model.safetensors", place / "small").stdout.splitlines()[-1] == said
     assert invoke(copy, place / "small", "--json").stderr == said + "\n"
@@ -433,10 +428,10 @@ def test_checkpoints_that_cannot_be_used(place: Path, copy: Path) -> None:
     """The sentences are those of tests/test_trained.py; here they reach the terminal."""
     image = place / "small" / "class_00"
     good = (copy / "config.json").read_text()
-    change(copy, lambda config: config.pop("label_names"))
+    change_config(copy, lambda config: config.pop("label_names"))
     assert "lacks the names of the classes" in refused(copy, image)
     (copy / "config.json").write_text(good)
-    change(copy, lambda config: config.update(architecture="resnet19"))
+    change_config(copy, lambda config: config.update(architecture="resnet19"))
     assert "names a network that cannot be built here" in refused(copy, image)
     (copy / "config.json").write_text(good)
     weights = copy / "model.safetensors"

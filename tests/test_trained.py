@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from make_data import make_images, write_image_folder
-from make_run import tensors, tiny_recipe, write_weights
+from make_run import change_config, tensors, tiny_recipe, write_weights
 
 from finetune.pipeline import run
 from finetune.temperature import Temperature
@@ -39,13 +39,6 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(finished / name, tmp_path / name)
     return tmp_path
-
-
-def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    edit(config)
-    path.write_text(json.dumps(config))
 
 
 def refused(path: Path) -> str:
@@ -85,7 +78,7 @@ def test_a_folder_of_another_program(copy: Path) -> None:
     """Without what only finetune writes, the model loads; its temperature is 1, and nobody knows what trained."""
     plain = tensors(copy / "model.safetensors")
     safetensors.torch.save_file(plain, copy / "model.safetensors")
-    change(copy, lambda config: config.pop("finetune"))
+    change_config(copy, lambda config: config.pop("finetune"))
     trained = load_trained(copy)
     assert (trained.temperature.value, trained.trained_layers, trained.recipe) == (1.0, None, None)
     assert trained.summary() is None
@@ -128,7 +121,7 @@ def test_what_is_not_there(copy: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_be_right(copy: Path, edit: Callable[[dict[str, Any]], object], words: str) -> None:
-    change(copy, edit)
+    change_config(copy, edit)
     assert words in refused(copy)
 
 
@@ -145,7 +138,7 @@ def test_weights_that_do_not_belong_to_the_config(copy: Path) -> None:
     assert "holds 1 tensors that test_resnet has no place for (fc2.weight)" in refused(copy)
     safetensors.torch.save_file({name: value for name, value in state.items() if name != "fc.weight"}, path)
     assert "missing fc" in refused(copy)
-    change(copy, lambda config: config.update(num_classes=3, label_names=list(CLASSES[:3])))
+    change_config(copy, lambda config: config.update(num_classes=3, label_names=list(CLASSES[:3])))
     safetensors.torch.save_file(state, path)
     assert "fc.weight" in refused(copy)
     path.write_bytes(path.read_bytes()[:1000])
