@@ -51,7 +51,7 @@ class BaselineSettings(TypedDict, total=False):
     augment: str
     cutout: int
     views: int | None
-    skip_easy: float
+    skip_easy: float | None
     val_fraction: float
     limit: int | None
     shots: int | None

@@ -181,7 +181,7 @@ def _require_batches(recipe: Recipe, images: int, prepared: Prepared) -> None:
         UsageError: with the batch size to take.
     """
     size, epochs = recipe.batch_size or 1, recipe.epochs or 1
-    skipping = Skipping(images, epochs, recipe.skip_easy)
+    skipping = Skipping(images, epochs, recipe.skip_easy or 0.0)
     seen, smallest = images, images // -(-images // size)
     for count in {skipping.kept(epoch) for epoch in range(epochs)}:
         if count // -(-count // size) < smallest:
@@ -253,7 +253,7 @@ def _choose_training(
         return step
 
     state = torch.get_rng_state()
-    work = (recipe.epochs or 1) * len(train) * Skipping(len(train), recipe.epochs or 1, recipe.skip_easy).cost
+    work = (recipe.epochs or 1) * len(train) * Skipping(len(train), recipe.epochs or 1, recipe.skip_easy or 0.0).cost
     sizes = len(set(windows.sides)) if windows else 1  # each is compiled by itself
     choice = pick("training", build, batch, round(work * (windows.cost if windows else 1.0)), sizes)
     torch.set_rng_state(state)

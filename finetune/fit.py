@@ -117,7 +117,7 @@ class Trainer:
         self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
         self.epochs, self.images, self.windows, self.budget = recipe.epochs, images, windows, budget
         self.class_weights = None if class_weights is None else class_weights.to(device)
-        self.skipping = Skipping(images, self.epochs, recipe.skip_easy)
+        self.skipping = Skipping(images, self.epochs, recipe.skip_easy or 0.0)
         self.batches = [-(-self.skipping.kept(epoch) // recipe.batch_size) for epoch in range(self.epochs)]
         self.losses = torch.zeros(images if recipe.skip_easy else 0, device=device)
         self.optimizer = make_optimizer(suffix, fresh, recipe)

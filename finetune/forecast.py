@@ -99,7 +99,7 @@ def _seconds(recipe: Recipe, data: DataSplits, computing: Computing, missing: tu
 
 def _seen_share(recipe: Recipe, images: int) -> float:
     """Return the mean share of the training images that an epoch sees."""
-    return Skipping(images, recipe.epochs or 1, recipe.skip_easy).cost
+    return Skipping(images, recipe.epochs or 1, recipe.skip_easy or 0.0).cost
 
 
 def _parameters(prepared: Prepared, cut: Cut) -> tuple[int, int, int]:

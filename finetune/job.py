@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from finetune.augment import Views, make_views
+from finetune.auto import choice_told, settle_auto, trains_fresh_stage
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import DATA_NAMES, load_data, require_data
@@ -128,10 +129,14 @@ def prepare(
         )
     if recipe.keep_head:
         _require_classes(found, data)
-    recipe = resolve_auto(recipe, len(data.train))
+    prepared = prepare_model(recipe, len(data.classes), found)
+    fresh_stage = trains_fresh_stage(prepared.model, prepared.selection, prepared.fresh)
+    settled = resolve_auto(settle_auto(recipe, len(data.train), fresh_stage), len(data.train))
+    if (told := choice_told(recipe, settled)) is not None:
+        events.note(told)
+    recipe = settled
     if (advice := few_steps(recipe, len(data.train))) is not None:
         events.note(advice)
-    prepared = prepare_model(recipe, len(data.classes), found)
     if prepared.account is not None:
         events.note(prepared.account.sentence())
     elif prepared.selection.frozen:

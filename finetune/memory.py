@@ -23,7 +23,13 @@ from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError
 
 PROBES = (2, 4)  # images; not one, because operations may treat shapes of one in their own way
-STATES = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that the optimiser keeps for each trained one
+STATES = {
+    "auto": 1,
+    "sgd": 1,
+    "adam": 2,
+    "adamw": 2,
+    "muon": 2,
+}  # numbers that the optimiser keeps for each trained one
 
 
 @dataclass(frozen=True)

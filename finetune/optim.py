@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
+from timm.optim.muon import Muon
 from torch import nn
 from torch.optim import lr_scheduler
 
-from finetune.recipe import DECAY, Recipe, peak_rate
+from finetune.recipe import AUTO, DECAY, Recipe, peak_rate
 
+SGD = (AUTO, "sgd")  # auto is settled before a run; by itself it is SGD
+MUON_RATE = 0.5  # of the rate that SGD would take: 0.05 for layers that start fresh (docs/decisions/0010)
+MUON_MOMENTUM = 0.95  # Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"
+MUON_FALLBACK = 0.04  # what NAdamW, for all but matrices, takes of Muon's rate: 0.002 for a fresh head
+MUON_DECAY = 0.02  # decoupled: a step takes this times the learning rate off a weight (docs/decisions/0010)
 FRESH_CONVOLUTION_DECAY = 2e-3  # docs/log.md, 2026-11-21: a whole stage from random values gains a point by it
 
 
-def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> list[dict[str, object]]:
+def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> list[dict[str, Any]]:
     """Return the trained parameters in groups with their peak learning rates.
 
     Parameters that start fresh (the head, layers that the weights lacked) learn `head_lr_scale` times faster than
@@ -48,16 +55,50 @@ def _decay(parameter: nn.Parameter, is_fresh: bool, recipe: Recipe) -> float:
         return 0.0
     if recipe.weight_decay is not None:
         return recipe.weight_decay
-    return FRESH_CONVOLUTION_DECAY if is_fresh and parameter.ndim == 4 and recipe.optimizer == "sgd" else DECAY
+    if recipe.optimizer == "muon":
+        return MUON_DECAY
+    return FRESH_CONVOLUTION_DECAY if is_fresh and parameter.ndim == 4 and recipe.optimizer in SGD else DECAY
 
 
 def make_optimizer(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimiser over the trained parameters of `suffix`."""
     groups = parameter_groups(suffix, fresh, recipe)
-    if recipe.optimizer == "sgd":
+    if recipe.optimizer == "muon":
+        return _make_muon(suffix, groups, recipe)
+    if recipe.optimizer in SGD:
         return torch.optim.SGD(groups, lr=peak_rate(recipe), momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=peak_rate(recipe))
+
+
+def _make_muon(suffix: nn.Module, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    """Return timm's Muon: its own steps for convolutions and matrices, NAdamW's for the classifier and all else.
+
+    Args:
+        suffix: what trains. The last matrix in it is taken for the classifier, which Muon is not made for.
+        groups: of `parameter_groups`.
+        recipe: lr is read.
+    """
+    matrices = [value for value in suffix.parameters() if value.requires_grad and value.ndim == 2]
+    split = []
+    for group in groups:
+        for fallback in (False, True):
+            own = [
+                one
+                for one in group["params"]
+                if (one.ndim < 2 or any(one is last for last in matrices[-1:])) == fallback
+            ]
+            if own:
+                split.append({**group, "params": own, "lr": MUON_RATE * group["lr"], "use_fallback": fallback})
+    return Muon(
+        split,
+        lr=MUON_RATE * peak_rate(recipe),
+        momentum=MUON_MOMENTUM,
+        nesterov=True,
+        ns_coefficients="original",
+        adjust_lr_fn="original",
+        fallback_lr_scale=MUON_FALLBACK,
+    )
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> lr_scheduler.LRScheduler:

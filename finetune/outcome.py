@@ -133,7 +133,7 @@ def summarise(
 
 def _budget_facts(recipe: Recipe, progress: Mapping[str, Any], images: int) -> dict[str, Any]:
     """Return how far --budget let training come, in epochs."""
-    done = Skipping(images, recipe.epochs or 1, recipe.skip_easy).done(progress["epoch"], progress["unseen"])
+    done = Skipping(images, recipe.epochs or 1, recipe.skip_easy or 0.0).done(progress["epoch"], progress["unseen"])
     return {"budget": recipe.budget, "epochs": round(done, 2), "of": recipe.epochs}
 
 

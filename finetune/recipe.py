@@ -57,10 +57,14 @@ class Recipe:
         None, "Peak learning rate of layers that start from pretrained weights; auto takes 0.01, adam and adamw 0.001."
     )
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
-    optimizer: str = _setting("sgd", "sgd is SGD with Nesterov momentum.", choices=("sgd", "adam", "adamw"))
+    optimizer: str = _setting(
+        AUTO,
+        "sgd has Nesterov momentum; auto takes muon for a stage of convolutions that starts fresh and trains long.",
+        choices=(AUTO, "sgd", "adam", "adamw", "muon"),
+    )
     momentum: float = _setting(0.9, "Momentum of sgd (0 to below 1).")
     weight_decay: float | None = _setting(
-        None, "Weight decay; auto takes 5e-4, and with sgd 2e-3 for convolutions that start fresh."
+        None, "Weight decay; auto takes 5e-4, with sgd 2e-3 for convolutions that start fresh, with muon 0.02."
     )
     schedule: str = _setting("onecycle", "Learning-rate schedule.", choices=("onecycle", "cosine", "constant"))
     warmup: float = _setting(0.2, "Share of all steps in which the learning rate rises (onecycle, cosine).")
@@ -86,15 +90,15 @@ class Recipe:
     views: int | None = _setting(
         None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones."
     )
-    # Off: at the same number of epochs they cost accuracy (docs/decisions/0006).
+    # At the same number of epochs both cost accuracy, which muon more than makes up for (docs/decisions/0006, 0010).
     windows: str = _setting(
-        "off",
-        "Train on random windows of the feature maps: an epoch takes about 70 % of the time.",
-        choices=("on", "off"),
+        AUTO,
+        "Train on random windows of the feature maps, in about 70 % of the time; auto does where it takes muon.",
+        choices=(AUTO, "on", "off"),
     )
-    skip_easy: float = _setting(
-        0.0,
-        "Share of the easier images that an epoch leaves out, others each time, such as 0.5 (InfoBatch); 0 is off.",
+    skip_easy: float | None = _setting(
+        None,
+        "Share of the easier images that an epoch leaves out (InfoBatch); auto takes 0.6 with its muon, else 0.",
     )
     val_fraction: float = _setting(
         0.1, "Share of train held out for validation when the data bring none; 0 trains on all."
@@ -129,6 +133,7 @@ class Recipe:
 
 # Optimisers multiply learning rate and weight decay and divide by as little as 1 - 0.9; float32 ends at 3.4e38.
 LARGEST_RATE = 1e37
+ADAMS = ("adam", "adamw")  # they want rates of their own; Muon's follow from SGD's
 DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
 FEWEST_STEPS = 500  # the shortest schedule of Kolesnikov et al. 2020, "Big Transfer", section 3.3
 PATHS = ("data_dir", "weights_dir", "cache_dir")
@@ -168,7 +173,7 @@ def check(recipe: Recipe) -> None:
     below_one = {
         "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
         "warmup": recipe.warmup, "val_fraction": recipe.val_fraction, "dropout": recipe.dropout or 0.0,
-        "skip_easy": recipe.skip_easy,
+        "skip_easy": recipe.skip_easy or 0.0,
     }  # fmt: skip
     for name, number in below_one.items():
         if not 0 <= number < 1:
@@ -205,7 +210,7 @@ def peak_rate(recipe: Recipe) -> float:
     """Return the peak learning rate of pretrained layers: --lr, or what suits the optimiser."""
     if recipe.lr is not None:
         return recipe.lr
-    return 0.01 if recipe.optimizer == "sgd" else 0.001
+    return 0.001 if recipe.optimizer in ADAMS else 0.01
 
 
 def flag(name: str) -> str:

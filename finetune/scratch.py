@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe import (
+    ADAMS,
     FEWEST_STEPS,
     Recipe,
     peak_rate,
@@ -139,7 +140,7 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
     }
     if given.get("weights", "none") != "none":
         settings["keep_head"] = True  # a checkpoint of the same network and classes, to go on from
-    if given.get("optimizer", settings["optimizer"]) != settings["optimizer"]:
+    if (given.get("optimizer", settings["optimizer"]) in ADAMS) != (settings["optimizer"] in ADAMS):
         # A learning rate suits one kind of optimiser: take the one of the recipe that has this kind.
         settings["lr"] = ASSIGNMENT["lr"] if which == "fast" else {**FAST, **FAST_BY_NETWORK.get(arch, {})}["lr"]
     return replace(Recipe(), **{**settings, **given})

@@ -11,7 +11,7 @@ Legend: B images in a batch, S side of the map, W side of the window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
@@ -86,6 +86,11 @@ def choose_windows(recipe: Recipe, shapes: Sequence[tuple[int, ...]], suffix: nn
     Raises:
         UsageError: windows were asked for and cannot be had.
     """
+    if recipe.windows == "auto":
+        try:
+            return choose_windows(replace(recipe, windows="on"), shapes, suffix)
+        except UsageError:
+            return None  # what cannot be had was not asked for
     if recipe.windows == "off":
         return None
     early = f"--patience {recipe.patience}" if recipe.patience else f"--budget {recipe.budget}"

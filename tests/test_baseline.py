@@ -58,6 +58,7 @@ def test_another_optimiser_brings_a_rate_of_its_kind() -> None:
     assert baseline_recipe("identity", "assignment", {"optimizer": "sgd"}).lr == 0.04
     assert baseline_recipe("figure1", "fast", {"optimizer": "adamw", "lr": 0.005}).lr == 0.005
     assert baseline_recipe("figure1", "fast", {"optimizer": "sgd"}).lr == 0.2
+    assert baseline_recipe("figure1", "fast", {"optimizer": "muon"}).lr == 0.2  # Muon's rate follows from SGD's
 
 
 def test_the_registered_name_means_the_same() -> None:

@@ -280,7 +280,7 @@ def test_cache_commands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"limit": "0"}, "--limit is 0; give a whole number of at least 1."),
         ({"image_size": "0"}, "--image-size is 0; give a whole number of at least 1."),
         ({"batch_size": "0"}, "--batch-size is 0; give a whole number of at least 1."),
-        ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be sgd, adam, adamw."),
+        ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be auto, sgd, adam, adamw, muon."),
         (
             {"lr": "1e39"},
             "--lr 1e+39 with --head-lr-scale 10 and --weight-decay 0.0005 is more than 32-bit numbers can",

@@ -292,6 +292,7 @@ def test_without_an_average_the_suffix_itself_counts() -> None:
         {"optimizer": "adam", "schedule": "cosine", "warmup": 0.0},
         {"optimizer": "adamw", "schedule": "constant", "ema": 0.9},
         {"optimizer": "sgd", "skip_easy": 0.5},
+        {"optimizer": "muon", "ema": 0.9},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )

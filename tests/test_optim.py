@@ -84,6 +84,41 @@ def test_each_optimiser_is_pytorchs_own(name: str, kind: type) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02, 0.2, 0.2]
 
 
+def orthogonality(matrix: torch.Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest singular value."""
+    values = torch.linalg.svdvals(matrix.flatten(1))
+    return float(values.min()), float(values.max())
+
+
+def test_muon_moves_convolutions_and_matrices_by_orthogonal_steps_but_for_the_classifier() -> None:
+    torch.manual_seed(0)
+    suffix = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 16), nn.Linear(16, 4))
+    fresh = frozenset({"3.weight", "3.bias"})
+    optimizer = make_optimizer(suffix, fresh, replace(RECIPE, optimizer="muon", weight_decay=0.0))
+    before = {name: value.detach().clone() for name, value in suffix.named_parameters()}
+    for value in suffix.parameters():
+        value.grad = torch.randn_like(value)
+    optimizer.step()
+    moved = {name: value.detach() - before[name] for name, value in suffix.named_parameters()}
+    for name in ("0.weight", "2.weight"):  # half of SGD's rate; Newton-Schulz leaves singular values of 0.7 to 1.2
+        low, high = orthogonality(moved[name])
+        assert low / 0.01 > 0.5, name
+        assert high / 0.01 < 1.3, name
+    for name, rate in (("3.weight", 0.1), ("3.bias", 0.1), ("1.weight", 0.01), ("0.bias", 0.01)):
+        sizes = moved[name].abs()  # Adam's first step has one size for every number
+        assert torch.allclose(sizes, sizes.max().expand_as(sizes), rtol=1e-3), name
+        assert 1 <= float(sizes.max()) / (0.04 * rate) < 2, name
+
+
+def test_muon_has_a_weight_decay_of_its_own_unless_one_is_given() -> None:
+    def decays(**settings: float | None) -> set[float]:
+        recipe = replace(RECIPE, optimizer="muon", **settings)  # type: ignore[arg-type]
+        return {group["weight_decay"] for group in make_optimizer(make_suffix(), FRESH, recipe).param_groups}
+
+    assert decays(weight_decay=None) == {0.02, 0.0}
+    assert decays(weight_decay=0.3) == {0.3, 0.0}
+
+
 def test_sgd_has_nesterov_momentum_unless_momentum_is_zero() -> None:
     group = make_optimizer(make_suffix(), FRESH, RECIPE).param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.8, True)

@@ -131,7 +131,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be sgd, adam, adamw."),
+        ({"optimizer": "sdg"}, "--optimizer is 'sdg'; did you mean sgd? It can be auto, sgd, adam, adamw, muon."),
         ({"labels": "x"}, "--labels is 'x'. It can be fine, coarse."),
         ({"schedule": "cos"}, "--schedule is 'cos'; did you mean cosine? It can be onecycle, cosine, constant."),
         ({"augment": ""}, "--augment is ''. It can be none, flip, altflip, crop."),

@@ -75,10 +75,13 @@ def pooled() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
 
-def test_windows_are_had_when_asked_for() -> None:
+def test_windows_are_had_when_asked_for_and_where_they_can_be_with_auto() -> None:
     assert chosen("on", [(4, 14, 14)], pooled()) == Windows(14, window_sides(14, 8))
     assert chosen("off", [(4, 14, 14)], pooled()) is None
-    assert Recipe().windows == "off"  # an epoch on windows teaches less
+    assert chosen("auto", [(4, 14, 14)], pooled()) == Windows(14, window_sides(14, 8))
+    assert chosen("auto", [(4, 14, 14)], pooled(), patience=2) is None
+    assert chosen("auto", [(4, 7, 7)], pooled()) is None
+    assert chosen("auto", [(4, 14, 14)], Fixed()) is None
 
 
 class Pooled(nn.Module):
