@@ -36,7 +36,17 @@ Measured = dict[str, Any]
 
 
 def textbook(
-    splits: Any, layers: str, precision: str, *, arch: str, weights: str, size: int, batch: int, frozen_eval: bool
+    splits: Any,
+    layers: str,
+    precision: str,
+    *,
+    arch: str,
+    weights: str,
+    size: int,
+    batch: int,
+    frozen_eval: bool,
+    device: str = "cpu",
+    workers: int = 2,
 ) -> Measured:
     """Train one epoch and evaluate once, as a hand-written script does. Nothing in it comes from finetune.
 
@@ -49,6 +59,8 @@ def textbook(
         size: input side in pixels.
         batch: images per step.
         frozen_eval: keep frozen modules in eval mode, which most scripts forget; it also spares their batch statistics.
+        device: cpu or cuda.
+        workers: of the DataLoader.
 
     Returns:
         The figures train and eval.
@@ -56,20 +68,22 @@ def textbook(
     import timm
     import torch
 
-    train, evaluated = loaders(splits, size, batch)
+    train, evaluated = loaders(splits, size, batch, device, workers)
     model = timm.create_model(arch, num_classes=len(splits.classes))
     if weights != "none":
         load_fitting(model, arch, weights)
+    model.to(device)
     names = layers.split(",")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "all" in names or any(name.startswith(f"{layer}.") for layer in names)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.01, 0.9, nesterov=True)
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(device.partition(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16")
     loss_of = torch.nn.CrossEntropyLoss()
     total, correct = 0.0, 0
 
     def train_step(images: torch.Tensor, labels: torch.Tensor) -> None:
         nonlocal total
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast:
             loss = loss_of(model(images), labels)
         optimizer.zero_grad()
@@ -79,6 +93,7 @@ def textbook(
 
     def eval_step(images: torch.Tensor, labels: torch.Tensor) -> None:
         nonlocal correct
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.no_grad(), autocast:
             correct += int((model(images).argmax(1) == labels).sum())
 
@@ -92,7 +107,7 @@ def textbook(
     return {"train": trained, "eval": rate(evaluated, eval_step), "formats": precision}
 
 
-def loaders(splits: Any, size: int, batch: int) -> tuple[Any, Any]:
+def loaders(splits: Any, size: int, batch: int, device: str, workers: int) -> tuple[Any, Any]:
     """Return the textbook's loaders of training and evaluated images, as `textbook` explains its arguments."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
@@ -114,9 +129,10 @@ def loaders(splits: Any, size: int, batch: int) -> tuple[Any, Any]:
     to_input = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     augment = transforms.Compose([transforms.Resize(size), transforms.RandomHorizontalFlip(), *to_input])
     plain = transforms.Compose([transforms.Resize(size), *to_input])
+    usual: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device != "cpu"}
     return (
-        DataLoader(Pictures(splits.train, augment), batch, shuffle=True, num_workers=2, persistent_workers=True),
-        DataLoader(Pictures(splits.val, plain), batch, num_workers=2, persistent_workers=True),
+        DataLoader(Pictures(splits.train, augment), batch, shuffle=True, **usual),
+        DataLoader(Pictures(splits.val, plain), batch, **usual),
     )
 
 

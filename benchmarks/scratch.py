@@ -31,13 +31,15 @@ Rates = dict[str, list[float]]
 """Images per second of every round, of "plain" and of "ours"."""
 
 
-def plain_loop(part: Path, arch: str, batch: int) -> float:
+def plain_loop(part: Path, arch: str, batch: int, device: str = "cpu", workers: int = 2) -> float:
     """Train one epoch as a student would; nothing but the network and the reading of the file comes from finetune.
 
     Args:
         part: folder of images, as `write_part` leaves it.
         arch: one of ours.
         batch: images per step.
+        device: cpu or cuda.
+        workers: of the DataLoader.
 
     Returns:
         Images per second, from the end of the first batch.
@@ -68,12 +70,13 @@ def plain_loop(part: Path, arch: str, batch: int) -> float:
         def __getitem__(self, index: int) -> tuple[Any, int]:
             return augment(Image.fromarray(self.arrays[index])), self.labels[index]
 
-    model = timm.create_model(f"finetune_{arch}", num_classes=len(splits.classes)).train()
+    model = timm.create_model(f"finetune_{arch}", num_classes=len(splits.classes)).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True)
     loss_of, total = torch.nn.CrossEntropyLoss(), 0.0
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         nonlocal total
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = loss_of(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -81,10 +84,11 @@ def plain_loop(part: Path, arch: str, batch: int) -> float:
         total += loss.item()
 
     # Persistent, so that ending the workers is not timed.
-    return rate(DataLoader(Pictures(), batch, shuffle=True, num_workers=2, persistent_workers=True), step)
+    usual: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device != "cpu"}
+    return rate(DataLoader(Pictures(), batch, shuffle=True, **usual), step)
 
 
-def ours(part: Path, arch: str, batch: int, compile_mode: str) -> float:
+def ours(part: Path, arch: str, batch: int, compile_mode: str, device: str = "cpu") -> float:
     """Train two epochs as `finetune baseline` does; formats are chosen as for all of CIFAR-100.
 
     Args:
@@ -92,6 +96,7 @@ def ours(part: Path, arch: str, batch: int, compile_mode: str) -> float:
         arch: one of ours.
         batch: images per step.
         compile_mode: as for --compile.
+        device: as for --device.
 
     Returns:
         Images per second of the second epoch; the first one holds first calls and compiling.
@@ -109,7 +114,7 @@ def ours(part: Path, arch: str, batch: int, compile_mode: str) -> float:
     events = Events(epoch=lambda row, _: rates.append(row["images_per_second"]))
     with tempfile.TemporaryDirectory() as folder, choices_of_whole_job(), suppress(StoppedError):
         given = {
-            "data": str(part), "batch_size": batch, "epochs": 3, "val_fraction": 0.0, "lr": 0.01, "device": "cpu",
+            "data": str(part), "batch_size": batch, "epochs": 3, "val_fraction": 0.0, "lr": 0.01, "device": device,
             "compile": compile_mode, "cache_dir": Path(folder) / "cache",
         }  # fmt: skip
         run(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 BARS = {"prefix": 0.8, "suffix, training": 0.6}  # of the matrix product's rate
 HELP_BAR = 1 / 3  # of the time of `import torch`
+QUEUED = 10  # matrix products in one timing on a GPU, so that launching and waiting count little
 PRODUCTS = 5  # timings of the matrix product in a round, of which the fastest counts
 
 
@@ -68,14 +69,16 @@ def cut_parts(job: Job) -> list[Part]:
     """
     import torch
 
-    from finetune.features import Features, compute_view
+    from finetune.features import Features, compute_view, new_stores
 
     if job.cut.prefix is None or job.computing.prefix is None:
         raise SystemExit(f"The model cannot be cut ({job.cut.reason}); give other --train-layers.")
     data, frozen, ready = job.data.train, job.cut.prefix, job.computing.prefix
+    stores = new_stores(ready.prefix.rows, job.views.count, len(data), job.device)
 
     def features(view: int) -> list[torch.Tensor]:
-        return compute_view(ready.prefix, data, job.views, view, entry=None, keep=True, report=lambda images: None)
+        into = [store[view] for store in stores]
+        return compute_view(ready.prefix, data, job.views, view, entry=None, into=into, report=lambda images: None)
 
     few = job.prepared.preprocessing(data.images[:2])
     with torch.no_grad():
@@ -84,18 +87,22 @@ def cut_parts(job: Job) -> list[Part]:
     every_view = [features(view) for view in range(job.views.count)]
     return [
         Part("prefix", str(ready.choice), count, len(data), lambda: features(0)),
-        *trained_parts("suffix", job, Features(every_view, job.device), Features(every_view[:1], job.device), inputs),
+        *trained_parts(
+            "suffix", job, Features(every_view, job.device, stores), Features(every_view[:1], job.device), inputs
+        ),
     ]
 
 
 def whole_parts(job: Job) -> list[Part]:
     """Return training and evaluation of a whole model, on images."""
     from finetune.augment import Views
+    from finetune.residency import Images
     from finetune.sources import Live
 
     data, dtype = job.data.train, job.computing.training.dtype
+    images = Images("device", job.device)
     views, plain = (
-        Live(data, views, job.prepared.preprocessing, None, job.device, dtype)
+        Live(data, views, job.prepared.preprocessing, None, job.device, dtype, images)
         for views in (job.views, Views("none", 1))
     )
     return trained_parts("whole model", job, views, plain, (job.prepared.preprocessing(data.images[:2]),))
@@ -120,6 +127,7 @@ def trained_parts(name: str, job: Job, views: Source, plain: Source, inputs: tup
 
     data, training = job.data.train, job.computing.training
     suffix = settle(job.cut.suffix, job.device)
+    inputs = tuple(value.to(job.device) for value in inputs)
 
     windows = job.computing.windows
     if windows is not None:  # every timed epoch alike
@@ -134,8 +142,8 @@ def trained_parts(name: str, job: Job, views: Source, plain: Source, inputs: tup
         forward = multiply_adds(lambda: counted.suffix.eval()(*inputs), 2)
     counted.suffix.train()
     if windows is not None:
-        inputs = windows.cut(inputs, 0, torch.zeros(2, 2, dtype=torch.int64))
-    step = multiply_adds(lambda: counted.step(inputs, data.labels[:2]), 2)
+        inputs = windows.cut(inputs, 0, torch.zeros(2, 2, dtype=torch.int64, device=job.device))
+    step = multiply_adds(lambda: counted.step(inputs, data.labels[:2].to(job.device)), 2)
     trainer, split = trainer_of(suffix, training.compiled), Split(views, data.labels, job.views.count)
     epochs, rows = iter(range(trainer.epochs)), torch.arange(len(data))
 
@@ -160,31 +168,45 @@ def multiply_adds(work: Callable[[], object], images: int) -> int:
     return int(counter.get_total_flops()) // 2 // images
 
 
-def product_rate(side: int) -> float:
+def product_rate(side: int, device: str = "cpu") -> float:
     """Return multiply-adds per second of a bf16 product of two square matrices: the best of a few timings."""
     import torch
 
-    left, right = (torch.randn(side, side).to(torch.bfloat16) for _ in range(2))
-    torch.mm(left, right)
-    return side**3 / min(seconds(lambda: torch.mm(left, right)) for _ in range(PRODUCTS))
+    left, right = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    queued = QUEUED if device.startswith("cuda") else 1
+
+    def multiply() -> None:
+        for _ in range(queued):
+            torch.mm(left, right)
+
+    multiply()
+    return queued * side**3 / min(seconds(multiply, device) for _ in range(PRODUCTS))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long some work takes."""
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """Return how long some work takes, on a GPU with what it has queued there."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def measure(parts: list[Part], rounds: int, side: int) -> dict[str, list[float]]:
+def measure(parts: list[Part], rounds: int, side: int, device: str = "cpu") -> dict[str, list[float]]:
     """Time the matrix product and all parts in turn; return multiply-adds per second, by name, of every round."""
     found: dict[str, list[float]] = {"matrix product": [], **{part.name: [] for part in parts}}
     for part in parts:
         part.run()  # the first time compiles and sets up kernels
     for number in range(rounds):
-        found["matrix product"].append(product_rate(side))
+        found["matrix product"].append(product_rate(side, device))
         for part in parts:
-            found[part.name].append(part.multiply_adds * part.images / seconds(part.run))
+            found[part.name].append(part.multiply_adds * part.images / seconds(part.run, device))
         print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     return found
 
@@ -206,10 +228,8 @@ def measure_start(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def show(
-    parts: list[Part], found: dict[str, list[float]], start: dict[str, list[float]], bars: dict[str, float]
-) -> str:
-    """Return the tables in Markdown."""
+def show(parts: list[Part], found: dict[str, list[float]], bars: dict[str, float]) -> str:
+    """Return the table of all parts in Markdown."""
     product = found["matrix product"]
     rows = [["matrix product", "bf16", "", "", f"{statistics.median(product) / 1e9:,.0f}", "100 %", "", ""]]
     for part in parts:
@@ -221,13 +241,18 @@ def show(
         cells += [f"{100 * share:.0f} %", f"{100 * bar:.0f} %" if bar else "", verdict(share >= bar) if bar else ""]
         rows.append([part.name, part.formats, *cells])
     heading = ["", "computed in", "10⁹ multiply-adds/image", "img/s", "10⁹ multiply-adds/s", "share", "bar", ""]
+    return table(heading, rows)
+
+
+def show_start(start: dict[str, list[float]]) -> str:
+    """Return the table of the two starts in Markdown."""
     ours, torch_alone = (statistics.median(start[name]) for name in ("finetune --help", "import torch"))
     ratio = ours / torch_alone
     quick = [
         ["import torch", f"{torch_alone:.2f}", "", "", ""],
         ["finetune --help", f"{ours:.2f}", f"{ratio:.2f}", f"{HELP_BAR:.2f}", verdict(ratio < HELP_BAR)],
     ]
-    return f"{table(heading, rows)}\n\n{table(['start', 'seconds', 'ratio', 'bar, below', ''], quick)}"
+    return table(["start", "seconds", "ratio", "bar, below", ""], quick)
 
 
 def verdict(good: bool) -> str:
@@ -255,7 +280,7 @@ def prepare_parts(args: argparse.Namespace, folder: Path) -> tuple[list[Part], s
         val_fraction=0.0,
         compile=args.compile,
         windows=args.windows,
-        device="cpu",
+        device=args.device,
         cache_dir=folder / "cache",
     )
     check(recipe)
@@ -279,6 +304,7 @@ def read_options() -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="of training (default: 64)")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="as for finetune run (default: auto)")
     add("--windows", choices=("on", "off"), default="off", help="as for finetune run (default: off)")
+    add("--device", default="cpu", help="as for finetune run (default: cpu)")
     add("--matrix", type=int, default=4096, help="side of the matrices (default: 4096)")
     add("--rounds", type=int, default=3, help="how often each part is timed (default: 3)")
     add("--output", type=Path, nargs="?", const=RESULTS, help="write a dated result (default: benchmarks/results)")
@@ -295,7 +321,7 @@ def main() -> None:
     about = conditions()
     with tempfile.TemporaryDirectory() as folder:
         parts, name = prepare_parts(args, Path(folder))
-        found = measure(parts, args.rounds, args.matrix)
+        found = measure(parts, args.rounds, args.matrix, args.device)
     start = measure_start(max(args.rounds, 5))
     bars = BARS if args.arch == "resnet18" and args.image_size == 224 else {}
     few = "" if args.rounds >= 3 else f" Medians of {args.rounds} are no result: three rounds are the least."
@@ -303,7 +329,7 @@ def main() -> None:
         f"{args.arch} at {args.image_size} × {args.image_size}, cut for `{args.train_layers}`, {args.images:,} images "
         f"of {name} in each timing, batches of {args.batch_size} in training, matrices of {args.matrix} × "
         f"{args.matrix}; medians of {args.rounds} rounds, in turn. A part's share is taken in each round, "
-        f"against the matrix product of that round.{few}\n\n{show(parts, found, start, bars)}"
+        f"against the matrix product of that round.{few}\n\n{show(parts, found, bars)}\n\n{show_start(start)}"
     )
     print(text)
     if args.output:

@@ -124,3 +124,23 @@ def write_part(data: str, folder: Path, train: int, test: int) -> str:
         (folder / name).write_bytes(records.numpy().tobytes())
     (folder / "fine_label_names.txt").write_text("\n".join(splits.classes), encoding="utf-8")
     return splits.name
+
+
+def write_random(folder: Path, train: int, test: int) -> None:
+    """Write noise as CIFAR-100 binary files: 32 × 32 pixels, labels in turn, at least ten images of every class.
+
+    Args:
+        folder: new folder, as `write_part` leaves it.
+        train: how many training images.
+        test: how many test images.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for name, count in (("train.bin", train), ("test.bin", test)):
+        records = random.integers(0, 256, (count, 2 + 3 * 32 * 32), dtype=np.uint8)
+        records[:, 1] = np.arange(count) % max(2, min(100, train // 10))
+        (folder / name).write_bytes(records.tobytes())
+    names = "\n".join(f"class_{number:02d}" for number in range(100))
+    (folder / "fine_label_names.txt").write_text(names, encoding="utf-8")

@@ -11,7 +11,8 @@ no small set, so it draws `count` shifts and mirrorings per image from a seed, a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch.nn import functional
@@ -45,8 +46,8 @@ class Views:
 
         Args:
             images: uint8 (B, 3, H, W).
-            rows: int64 (B,), the images' places in their set.
-            views: int64 (B,), which view of each, 0 to count - 1.
+            rows: int64 (B,), the images' places in their set; on the device of the draws, or on the host.
+            views: int64 (B,), which view of each, 0 to count - 1; beside `rows`.
 
         Returns:
             uint8 (B, 3, H, W) on the images' device.
@@ -57,9 +58,15 @@ class Views:
             return mirror(images, views == 1)
         if self.draws is None:
             raise ValueError("crop views need their draws: make them with make_views")
-        draw = self.draws[views, rows].to(images.device)
+        draw = self.draws[views, rows].to(images.device, torch.int64)
         images = mirror(shift(images, draw[:, 0], draw[:, 1]), draw[:, 2] == 1)
         return cut_out(images, draw[:, 3:], self.cutout, self.fill) if self.cutout else images
+
+    def on(self, device: torch.device) -> Views:
+        """Return the same views with their draws on a device, so that `apply` has to wait for nothing there."""
+        if self.draws is None or device.type == "cpu":
+            return self
+        return replace(self, draws=self.draws.to(torch.int16).to(device))  # pixels of a side: far below 2**15
 
     def describe(self, view: int) -> str:
         """Return text that differs whenever the view's pixels could: an ingredient of the feature cache's key.
@@ -166,8 +173,20 @@ def cut_out(images: torch.Tensor, places: torch.Tensor, side: int, fill: tuple[i
         return (offset >= 0) & (offset < side)
 
     square = inside(places[:, 0], height)[:, None, :, None] & inside(places[:, 1], width)[:, None, None, :]
-    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)[:, None, None]
-    return torch.where(square, colour, images)
+    return torch.where(square, colour(fill, images.device).to(images.dtype), images)
+
+
+def colour(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return a number for each colour, float32 (3, 1, 1) on a device; on a GPU it is the same tensor each time."""
+    # To make one there, the host would wait for the GPU in every batch.
+    return _kept_colour(values, device) if device.type == "cuda" else _new_colour(values, device)
+
+
+def _new_colour(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+_kept_colour = lru_cache(maxsize=64)(_new_colour)
 
 
 @dataclass(frozen=True)
@@ -192,8 +211,7 @@ class Preprocessing:
         Normalising before resizing is the same map (interpolation weights sum to 1) and touches fewer pixels when the
         image grows. An image that is not square is squeezed, not cropped.
         """
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None] * 255
-        std = torch.tensor(self.std, device=images.device)[:, None, None] * 255
+        mean, std = colour(self.mean, images.device) * 255, colour(self.std, images.device) * 255
         pixels = (images.float() - mean) / std  # colour planes apart: torch resizes them faster so (docs/log.md)
         height, width = pixels.shape[-2:]
         if (height, width) != (self.size, self.size):

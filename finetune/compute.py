@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,19 @@ from finetune.fit import Trainer
 from finetune.forecast import make_plan
 from finetune.images import DataSplits, ImageSet
 from finetune.machine import find_compiler, free_memory
-from finetune.memory import StepMemory, step_memory
+from finetune.memory import StepMemory, gpu_room, step_memory
 from finetune.models import Prepared
-from finetune.plan import MEMORY_SHARE, Placement, Plan, place, size
-from finetune.precision import DTYPES, Choice, choose, compile_module, remembered
-from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prepare_prefix
+from finetune.plan import MEMORIES, MEMORY_SHARE, Placement, Plan, memory_for, place, size
+from finetune.precision import DTYPES, Choice, choose, compile_module, largest_that_runs, remembered
+from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prefix_batch, prepare_prefix
 from finetune.recipe import Recipe, parse_bytes
+from finetune.residency import Images
 from finetune.skipping import Skipping
 from finetune.sources import FeatureBuilder
 from finetune.windows import Windows, choose_windows
 from weights.errors import UsageError
+
+DISK_RATE = 10**9  # bytes a second that a good disk gives back; a round number, not measured
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Computing:
         windows: what training sees of each feature map; None is all of it.
         left: bytes of memory that training leaves for features; None where it does not take from them.
         held: features that are in memory already, by key.
+        images: where images are while batches are made of them in every epoch.
+        smaller: the batch size to try where a GPU's memory runs out; None where that helps little.
     """
 
     prefix: PreparedPrefix | None
@@ -51,6 +57,8 @@ class Computing:
     windows: Windows | None = None
     left: int | None = None
     held: Mapping[str, list[torch.Tensor]] = field(default_factory=dict)
+    images: Images | None = None
+    smaller: int | None = None
 
     @property
     def compile_seconds(self) -> float:
@@ -113,30 +121,59 @@ def decide(
     only = replace(recipe, precision=fitting[0]) if len(fitting) == 1 else recipe  # no timing of what cannot be
     counts = (len(data.train), len(data.val or ()), len(data.test or ()))
     rows = counts[0] * views.count + counts[1] + counts[2]
-    sample = data.train.images[:PREFIX_BATCH]
     prefix = None
     if cut.prefix is not None:
+        step = prefix_batch(device)
+        sample = data.train.images[:step]
         prefix = prepare_prefix(
-            cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, PREFIX_BATCH, rows)
+            cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, step, rows)
         )
     windows = choose_windows(recipe, [row.shape for row in prefix.prefix.rows] if prefix else [], cut.suffix)
     pick_training = _picker(only, prepared, device, events, choices)
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training)
     memory = memories[training.precision]
-    left = memory.left(batch)
-    placement, missing, on_disk = _place(recipe, data, views, prefix, left, held)
+    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data.train)
+    placement, missing, on_disk = _place(recipe, data, views, prefix, left, held, room)
     if not held:
         memory.require_beside(placement, batch)
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
-    computing = Computing(prefix, training, placement, windows, left, held)
-    return computing, make_plan(recipe, data, prepared, cut, computing, device, missing, on_disk, cache_folder(recipe))
+    where, seen = _place_images(data, placement, room)
+    taken = {placement.where: placement.bytes, where: seen}.get("device", 0)
+    smaller = None if room is None else memory.smaller(batch, taken)
+    computing = Computing(prefix, training, placement, windows, left, held, Images(where, device), smaller)
+    folder = cache_folder(recipe)
+    plan = make_plan(recipe, data, prepared, cut, computing, device, missing, on_disk, folder, (where, seen))
+    return computing, plan
+
+
+def _place_images(data: DataSplits, placement: Placement, room: int | None) -> tuple[str, int]:
+    """Return where images lie that every epoch looks at, and their bytes; ("", 0) where it looks at features."""
+    if placement.ahead:
+        return "", 0
+    count = sum(split.images.nbytes for split in (data.train, data.val, data.test) if split is not None)
+    return memory_for(count, count, room), count
+
+
+def _room(
+    recipe: Recipe,
+    memory: StepMemory,
+    batch: int,
+    device: torch.device,
+    prefix: PreparedPrefix | None,
+    train: ImageSet,
+) -> int | None:
+    """Return the bytes of a GPU's own memory for features or images; None where there is none."""
+    few = train.images[: prefix_batch(device)]
+    runs = [partial(made.prefix, few) for made in (prefix, prefix.for_test)] if prefix else []
+    room = gpu_room(memory, batch, device, runs)
+    return min(room, memory_budget(recipe)) if room is not None and recipe.memory_budget else room
 
 
 def _picker(
     recipe: Recipe, prepared: Prepared, device: torch.device, events: Events, choices: dict[str, Any] | None
 ) -> Callable[..., Choice]:
-    """Return pick(part, build, images per step, images of work, sizes): resumed, remembered or measured now."""
+    """Return pick(part, build, images per step, images of work, sizes, fits): resumed, remembered or measured now."""
     about = {
         "device": device_name(device),
         "kind": device.type,
@@ -150,7 +187,7 @@ def _picker(
         "compiler": bool(find_compiler()),
     }
 
-    def pick(part: str, build: Any, step_images: int, work: int, sizes: int = 1) -> Choice:
+    def pick(part: str, build: Any, step_images: int, work: int, sizes: int = 1, fits: Any = None) -> Choice:
         if choices is not None and choices.get(part):
             return replace(Choice(**choices[part]), compile_seconds=0.0)
 
@@ -165,6 +202,7 @@ def _picker(
                 compile_mode=recipe.compile,
                 compiler=find_compiler(),
                 device=device,
+                fits=fits,
             )
 
         # The amount of work decides whether compiling is tried, to a factor of two.
@@ -233,29 +271,33 @@ def _choose_training(
     rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
     suffix = settle(cut.suffix, device)
     before = {name: value.clone() for name, value in suffix.state_dict().items()}
-    inputs: list[tuple[torch.Tensor, ...]] = []
+    few: list[tuple[torch.Tensor, ...]] = []
 
-    def build(precision: str, compiled: bool) -> Callable[[], None]:
-        if not inputs:
-            few = train.images[:PREFIX_BATCH].to(device)
-            values = prefix.prefix(few) if prefix else (prepared.preprocessing(few),)
-            inputs.append(tuple(value[rows.to(device)] for value in values))
+    def build(precision: str, compiled: bool, images: int = batch) -> Callable[[], None]:
+        if not few:
+            pixels = train.images[:PREFIX_BATCH].to(device)
+            few.append(prefix.prefix(pixels) if prefix else (prepared.preprocessing(pixels),))
+        chosen = rows[:images].to(device)
+        inputs = tuple(value[chosen] for value in few[0])
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         forward = compile_module(suffix) if compiled else None
         plain = replace(recipe, ema=0.0, lr=1e-6, skip_easy=0.0)
         trainer = Trainer(suffix, prepared.fresh, plain, 10**9, dtype, device, forward)
-        labels = train.labels[rows].to(device)
+        labels = train.labels[rows[:images]].to(device)
         suffix.train()
 
         def step() -> None:
-            trainer.step(inputs[0], labels)
+            trainer.step(inputs, labels)
 
         return step
+
+    def fits(precision: str) -> int | None:
+        return largest_that_runs(partial(build, precision, False), batch)
 
     state = torch.get_rng_state()
     work = (recipe.epochs or 1) * len(train) * Skipping(len(train), recipe.epochs or 1, recipe.skip_easy or 0.0).cost
     sizes = len(set(windows.sides)) if windows else 1  # each is compiled by itself
-    choice = pick("training", build, batch, round(work * (windows.cost if windows else 1.0)), sizes)
+    choice = pick("training", build, batch, round(work * (windows.cost if windows else 1.0)), sizes, fits)
     torch.set_rng_state(state)
     suffix.load_state_dict(before)
     suffix.zero_grad(set_to_none=True)
@@ -270,11 +312,12 @@ def _place(
     prefix: PreparedPrefix | None,
     left: int | None,
     in_memory: Mapping[str, list[torch.Tensor]],
+    room: int | None,
 ) -> tuple[Placement, tuple[int, int], int]:
     """Return where features go, the rows to be computed (of train and validation, of the test), and the bytes there.
 
     Without a --memory-budget, features in memory take no more than training leaves (`left` bytes; None is no limit).
-    What is `in_memory` already takes no more of it.
+    What is `in_memory` already takes no more of it. `room` is what a GPU's own memory has for them.
     """
     if prefix is None:
         return Placement("uncut", False, 0, ""), (0, 0), 0
@@ -286,7 +329,8 @@ def _place(
     there = Computing(prefix, prefix.choice, Placement("ram", False, 0, ""), held=in_memory).builder(recipe, Events())
     if all(there.holds(split, view) for split, view in learned):
         needed = sum(row.bytes for row in prefix.prefix.rows) * sum(len(split) * view.count for split, view in learned)
-        placement = Placement("ram", False, needed, f"{size(needed)} in memory, shared with other runs")
+        where = memory_for(needed, needed, room)
+        placement = Placement(where, False, needed, f"{size(needed)} {MEMORIES[where]}, shared with other runs")
         return placement, (0, len(data.test or ())), 0
     for made, splits in ((prefix, learned), (prefix.for_test, [(data.test, plain)] if data.test is not None else [])):
         row_bytes = sum(row.bytes for row in made.prefix.rows)
@@ -307,9 +351,16 @@ def _place(
         memory=memory_budget(recipe) if recipe.memory_budget or left is None else min(memory_budget(recipe), left),
         held=held,
         fresh_each_epoch=fresh,
+        device=room,
+        quick=room is not None and quicker_than_disk(prefix),
     )
     which = 1 if placement.on_disk else 0
     return placement, (absent[0][which], absent[1][which]), held if placement.on_disk else 0
+
+
+def quicker_than_disk(prefix: PreparedPrefix | None) -> bool:
+    """Whether a GPU computes features faster than a disk would give them back."""
+    return prefix is not None and prefix.choice.rate * sum(row.bytes for row in prefix.prefix.rows) > DISK_RATE
 
 
 def memory_budget(recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""Which device PyTorch computes on, its name, and modules moved to it."""
+"""Which device PyTorch computes on, its name, waiting for it, and modules moved to it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def device_name(device: torch.device) -> str:
         return f"GPU of {cpu_name()}"
     threads = torch.get_num_threads()
     return f"{cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def settle(module: nn.Module, device: torch.device) -> nn.Module:

@@ -21,7 +21,7 @@ from finetune.device import pick_device, settle
 from finetune.eval_data import SPLITS, choose_images, repeated_images
 from finetune.events import Events
 from finetune.images import ImageSet
-from finetune.inference import Source, evaluation_batch, predict, score
+from finetune.inference import Source, evaluation_batch, lies_on_device, predict, score
 from finetune.layers import freeze, select_layers
 from finetune.metrics import (
     calibrate,
@@ -34,7 +34,7 @@ from finetune.metrics import (
 )
 from finetune.models import head_names
 from finetune.precision import DTYPES, Choice
-from finetune.prefix import PREFIX_BATCH, prepare_prefix
+from finetune.prefix import prefix_batch, prepare_prefix
 from finetune.recipe import Recipe
 from finetune.sources import Live
 from finetune.trained import Trained
@@ -184,7 +184,7 @@ def logits_of(
     """Return logits float32 (N, C) the way a run computes those of its test split."""
     model, prefix, module = trained.model, None, trained.model
     if trained.trained_layers is not None:
-        sample = images.images[:PREFIX_BATCH]
+        sample = images.images[: prefix_batch(device)]
         wanted = tuple(name or "all" for name in trained.trained_layers)
         selection = select_layers(model, wanted, head_names(trained.arch))
         freeze(model, selection)
@@ -211,6 +211,7 @@ class _Counted:
 
     def __init__(self, source: Source, total: int, progress: Callable[[str, int, int], None]) -> None:
         self.source, self.total, self.progress, self.done = source, total, progress, 0
+        self.on_device = lies_on_device(source)
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.source.take(rows, views)

@@ -3,8 +3,8 @@
 Legend: N images of a split, V views, one *crossing* tensor or more per image. Four-dimensional features (N, C, H, W)
 lie in memory and on disk as (N, H, W, C), which is the channels-last layout that convolutions want.
 
-`Features` answers `take(rows, views)` the same way from RAM and from memory-mapped files. `cache.py` says what is on
-disk; this file only fills it and reads it.
+`Features` answers `take(rows, views)` the same way from a GPU's memory, from RAM and from memory-mapped files
+(`residency.py`). `cache.py` says what is on disk; this file only fills it and reads it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from finetune.augment import Preprocessing, Views
 from finetune.cache import Entry
 from finetune.images import ImageSet, Progress
+from finetune.residency import Store
 
 READ_AHEAD = 2  # chunks: checking one keeps a core busy, and there are two at least
 Run = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -96,33 +97,40 @@ class Features:
     Args:
         tensors: for each view, the stored crossing tensors, N rows each.
         device: where batches are wanted.
+        stores: the same as one tensor (V, N, ...) for each crossing value, where they are that.
+
+    Attributes:
+        on_device: whether they lie on the device, so that rows may be given there.
     """
 
-    def __init__(self, tensors: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Sequence[torch.Tensor]],
+        device: torch.device,
+        stores: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         self.tensors = tensors
-        self.device = device
+        columns = list(zip(*tensors, strict=True))
+        wholes: Sequence[torch.Tensor | None] = stores or [None] * len(columns)
+        self._stores = [Store(column, device, whole) for column, whole in zip(columns, wholes, strict=True)]
+        self.on_device = all(store.on_device for store in self._stores)
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the crossing tensors of some images.
 
         Args:
-            rows: int64 (B,), places in the split.
-            views: int64 (B,), the wanted view of each.
+            rows: int64 (B,), places in the split; on the host, or on the device where the features lie there.
+            views: int64 (B,), the wanted view of each, beside `rows`.
 
         Returns:
             One tensor per crossing value, B rows in the order of `rows`, on the device.
         """
-        batch = []
-        for column in zip(*self.tensors, strict=True):
-            picked = [(torch.nonzero(views == view).flatten(), tensor) for view, tensor in enumerate(column)]
-            if len(column) == 1:
-                gathered = column[0][rows.to(column[0].device)]
-            else:
-                gathered = column[0].new_empty((len(rows), *column[0].shape[1:]))
-                for where, tensor in picked:
-                    gathered[where.to(gathered.device)] = tensor[rows[where].to(tensor.device)]
-            batch.append(from_stored(gathered.to(self.device, non_blocking=True)))
-        return tuple(batch)
+        return tuple(from_stored(store.take(rows, views)) for store in self._stores)
+
+
+def new_stores(rows: Sequence[RowShape], views: int, count: int, device: torch.device) -> list[torch.Tensor]:
+    """Return memory on a device for stored features: for each crossing value a tensor (V, N, ...)."""
+    return [torch.empty((views, count, *row.stored), dtype=row.dtype, device=device) for row in rows]
 
 
 def compute_view(
@@ -132,10 +140,10 @@ def compute_view(
     view: int,
     *,
     entry: Entry | None,
-    keep: bool,
+    into: Sequence[torch.Tensor],
     report: Callable[[int], None],
 ) -> list[torch.Tensor]:
-    """Compute one view of a split, writing it to the cache and keeping it in RAM as asked.
+    """Compute one view of a split, writing it to the cache and keeping it in memory as asked.
 
     Chunks are read ahead. They are not written behind: on two cores that gained 2 % (docs/log.md), and a kill would
     cost the chunk being written and the one being computed.
@@ -147,7 +155,8 @@ def compute_view(
         view: which one.
         entry: the cache entry to write through, already locked; chunks that it holds are read, not computed. None
             keeps the disk out of it.
-        keep: whether to return the features in RAM; otherwise they are returned memory-mapped from `entry`.
+        into: memory for the stored crossing tensors, N rows each, on whatever device. Without any, they are returned
+            memory-mapped from `entry`.
         report: called with the number of images done since the last call.
 
     Returns:
@@ -157,7 +166,6 @@ def compute_view(
         RunError: the cache cannot be written (disk full).
     """
     count = len(data)
-    in_ram = [torch.empty((count, *row.stored), dtype=row.dtype) for row in prefix.rows] if keep or not entry else []
     chunk_rows = entry.chunk_rows if entry else prefix.batch * 8
     starts = range(0, count, chunk_rows)
     reading: deque[Future[list[torch.Tensor] | None]] = deque()
@@ -170,20 +178,20 @@ def compute_view(
             if values is None:
                 values = compute_rows(prefix, data, views, view, start, stop)
                 if entry:
-                    entry.write_chunk(number, values)
-            for target, value in zip(in_ram, values, strict=False):
+                    entry.write_chunk(number, [value.cpu() for value in values])
+            for target, value in zip(into, values, strict=bool(into)):
                 target[start:stop] = value
             report(stop - start)
     if entry:
         entry.finish()
-    return in_ram or entry.mapped() if entry else in_ram
+    return entry.mapped() if entry and not into else list(into)
 
 
 def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
-    """Return the stored crossing tensors of one view of the images from `start` to before `stop`, on the CPU."""
+    """Return the stored crossing tensors of one view of the images from `start` to before `stop`, on the device."""
     rows = torch.arange(start, stop)
-    images = views.apply(data.images[start:stop], rows, torch.full_like(rows, view))
-    return [to_stored(value).cpu() for value in prefix(images)]
+    images = data.images[start:stop].to(prefix.device, non_blocking=True)
+    return [to_stored(value) for value in prefix(views.apply(images, rows, torch.full_like(rows, view)))]
 
 
 class Progressing:

@@ -23,10 +23,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.budget import Budget, PacedSchedule
-from finetune.inference import Source, autocast, cast, evaluation_batch, predict, score
-from finetune.optim import make_optimizer, make_schedule
-from finetune.order import epoch_batches, epoch_seed
+from finetune.inference import Source, autocast, cast, evaluation_batch, lies_on_device, predict, score
+from finetune.optim import make_optimizer, make_schedule, update_average
+from finetune.order import epoch_batches, epoch_seed, on_both
 from finetune.recipe import Recipe
+from finetune.residency import send
 from finetune.skipping import Skipping
 from finetune.windows import Windows
 from weights.errors import DivergedError
@@ -152,10 +153,7 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(self.suffix)
-            for kept, now in zip(self.average.module.buffers(), self.suffix.buffers(), strict=True):
-                if not kept.is_floating_point():
-                    kept.copy_(now)  # a count of batches has no average
+            update_average(self.average, self.suffix)
         return losses.detach(), logits.argmax(1) == labels
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -205,26 +203,24 @@ class Trainer:
         torch.manual_seed(epoch_seed(self.recipe.seed, epoch))
         # Apple GPUs have no float64.
         exact = torch.float32 if self.device.type == "mps" else torch.float64
-        losses = torch.zeros((), device=self.device, dtype=exact)
-        correct = torch.zeros((), device=self.device, dtype=exact)
-        counted = torch.zeros((), device=self.device, dtype=exact)  # images, as often as their losses count
-        kept, weights = self.skipping.choose(self.losses, epoch, self.recipe.seed) or (None, None)
+        # The last one counts images as often as their losses count.
+        losses, correct, counted = (torch.zeros((), device=self.device, dtype=exact) for _ in range(3))
+        kept, weights = self._skipped(epoch)
         batches, before = self.batches[epoch], sum(self.batches[:epoch])
-        corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
+        labels, corners = send(split.labels, self.device), self._corners(epoch)  # once: no step waits for a GPU
         lr, seen = 0.0, 0
         planned = epoch_batches(self.images, batches, split.views, epoch, self.recipe, kept)
-        for done, (rows, views) in enumerate(planned):
+        for done, (here, (rows, views)) in enumerate(on_both(planned, self.device)):
             if stop():
                 return None
             lr = self.optimizer.param_groups[0]["lr"]
-            labels = split.labels[rows].to(self.device, non_blocking=True)
-            inputs = split.source.take(rows, views)
+            inputs = split.source.take(*((rows, views) if lies_on_device(split.source) else here))
             if self.windows is not None and corners is not None:
                 inputs = self.windows.cut(inputs, epoch, corners[rows])
-            counts = None if weights is None else weights[rows].to(self.device, non_blocking=True)
-            loss, right = self.step(inputs, labels, counts)
+            counts = None if weights is None else weights[rows]
+            loss, right = self.step(inputs, labels[rows], counts)
             if self.recipe.skip_easy:
-                self.losses[rows.to(self.device, non_blocking=True)] = loss
+                self.losses[rows] = loss
             if counts is not None:
                 loss, right = loss * counts, right * counts
             losses += loss.to(exact).sum()
@@ -243,6 +239,16 @@ class Trainer:
             "lr": lr,
             "images": seen,
         }
+
+    def _skipped(self, epoch: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return `Skipping.choose`'s choice: which images to visit, on the CPU, and their weights, on the device."""
+        kept, weights = self.skipping.choose(self.losses, epoch, self.recipe.seed) or (None, None)
+        return kept, None if weights is None else send(weights, self.device)
+
+    def _corners(self, epoch: int) -> torch.Tensor | None:
+        """Return the corners of all images' windows, on the device; None for whole maps."""
+        corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
+        return None if corners is None else send(corners, self.device)
 
     def state(self) -> dict[str, Any]:
         """Return everything that `load_state` needs to go on from here, as tensors and plain values."""

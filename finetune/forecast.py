@@ -34,6 +34,7 @@ def make_plan(
     missing: tuple[int, int],
     held: int,
     cache_dir: Path,
+    images: tuple[str, int],
 ) -> Plan:
     """Plan a run whose computing is decided.
 
@@ -47,6 +48,7 @@ def make_plan(
         missing: feature rows to compute, of train and validation, and of the test.
         held: bytes of features that the cache holds already.
         cache_dir: folder of the cache.
+        images: where images lie that every epoch looks at, and their bytes.
     """
     return Plan(
         arch=prepared.arch.full_name,
@@ -68,6 +70,7 @@ def make_plan(
         epochs=recipe.epochs or 1,
         budget=parse_seconds(recipe.budget, "--budget") if recipe.budget else None,
         batch_size=recipe.batch_size or 1,
+        images=images,
         **_seconds(recipe, data, computing, missing),
     )
 

@@ -9,14 +9,22 @@ from torch import nn
 from torch.nn import functional
 
 from finetune.recipe import Recipe
+from finetune.residency import send
 from weights.errors import DivergedError
+
+HELD = 64  # batches whose logits wait on the device before the host asks for them
 
 
 class Source(Protocol):
-    """Where batches come from."""
+    """Where batches come from. One whose rows lie on the device says so with `on_device = True`."""
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the model part's inputs for int64 (B,) rows and views, on the device."""
+
+
+def lies_on_device(source: Source) -> bool:
+    """Whether a source wants its rows and views on the device; others want them on the host."""
+    return bool(getattr(source, "on_device", False))
 
 
 def evaluation_batch(recipe: Recipe) -> int:
@@ -41,14 +49,19 @@ def predict(
         DivergedError: a logit is not finite, which the training loss does not show when the last step did it.
     """
     module.eval()
-    parts = []
+    parts: list[torch.Tensor] = []
+    finished: list[torch.Tensor] = []
+    rows = send(rows, device) if lies_on_device(source) else rows
     with torch.no_grad():
         for part in rows.split(batch):
             inputs = cast(source.take(part, torch.zeros_like(part)), dtype)  # autocast would change a live prefix
             with autocast(device, dtype):
                 logits = module(*inputs)
-            parts.append(logits.float().cpu())
-    logits = torch.cat(parts)
+            parts.append(logits.float())
+            if len(parts) == HELD:
+                finished.append(torch.cat(parts).cpu())
+                parts = []
+    logits = torch.cat([*finished, *([torch.cat(parts).cpu()] if parts else [])])
     if not bool(torch.isfinite(logits).all()):
         raise DivergedError(
             "The model's predictions are not finite numbers after its last training step. Lower --lr or "

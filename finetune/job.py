@@ -25,6 +25,7 @@ from finetune.device import pick_device
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet
 from finetune.layers import fingerprint
+from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.recipe import Recipe, check, resolve_auto
@@ -155,7 +156,8 @@ def prepare(
     )
     known = choices if choices is not None or shared is None else shared.choices
     held = {} if shared is None else shared.features
-    computing, plan = decide(recipe, data, prepared, cut, views, device, events, known, held)
+    with exhaustion_explained():
+        computing, plan = decide(recipe, data, prepared, cut, views, device, events, known, held)
     plan = replace(plan, start_seconds=time.perf_counter() - started)
     if recipe.budget is not None and choices is None:  # what a resumed run has left, its checkpoint knows
         plan.require_time(recipe.budget)

@@ -5,17 +5,21 @@ these are while a forward pass runs: what four images hold more than two is what
 grow with the batch. The sum is a lower bound: gradients of activations and scratch memory of single operations come on
 top. So a run that is refused here could have worked by swapping at best, and one that passes may still be too large by
 a little.
+
+A GPU does not swap. What features and images may take of its memory leaves training twice that lower bound, and some of
+all memory for what is not counted here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from finetune.device import synchronize
 from finetune.inference import autocast, cast
 from finetune.machine import free_memory
 from finetune.plan import Placement, size
@@ -23,13 +27,10 @@ from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError
 
 PROBES = (2, 4)  # images; not one, because operations may treat shapes of one in their own way
-STATES = {
-    "auto": 1,
-    "sgd": 1,
-    "adam": 2,
-    "adamw": 2,
-    "muon": 2,
-}  # numbers that the optimiser keeps for each trained one
+GPU_SHARE = 0.9  # of a GPU's free memory that is shared out; libraries' workspaces and gaps take the rest (a guess)
+BACKWARD = 2  # times the activations: in the backward pass their gradients lie beside them
+# Numbers that the optimiser keeps for each trained one.
+STATES = {"auto": 1, "sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,30 @@ class StepMemory:
     def needed(self, batch: int) -> int:
         """Bytes for a batch of this many images."""
         return self.fixed + batch * self.image
+
+    def room(self, batch: int, free: int, peak: int = 0) -> int:
+        """Bytes of a GPU's own memory for features or images, beside training and whatever else runs before or after.
+
+        Args:
+            batch: images per step.
+            free: bytes free there now.
+            peak: most bytes that computing features takes for a while.
+        """
+        return max(0, int(GPU_SHARE * free) - max(BACKWARD * self.needed(batch), peak))
+
+    def smaller(self, batch: int, taken: int) -> int | None:
+        """Return the batch to try when this one did not fit: half of it, or less where that needs more than there is.
+
+        Args:
+            batch: images per step that ran out of memory.
+            taken: bytes of the same memory that features or images take.
+
+        Returns:
+            None where fewer than two images would be left.
+        """
+        fits = (int(GPU_SHARE * self.free) - taken - BACKWARD * self.fixed) // (BACKWARD * max(1, self.image))
+        fits = min(batch // 2, fits)
+        return fits if fits >= PROBES[0] else None
 
     def require(self, batch: int) -> None:
         """Refuse batches that cannot fit.
@@ -93,8 +118,11 @@ class StepMemory:
 
 
 @contextmanager
-def exhaustion_explained() -> Iterator[None]:
+def exhaustion_explained(smaller: int | None = None) -> Iterator[None]:
     """Turn a GPU's memory running out into one sentence.
+
+    Args:
+        smaller: a batch size that should fit; None where none is known.
 
     Raises:
         TrainingError: memory ran out, with the way on.
@@ -103,10 +131,38 @@ def exhaustion_explained() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = (str(error).splitlines() or [""])[0]
+        batch = f"--batch-size {smaller}, which should fit, or a smaller" if smaller else "a smaller --batch-size or"
         raise TrainingError(
-            f"The device's memory ran out ({reason}). Start a new run with a smaller --batch-size or --image-size, or "
-            "with --memory-budget, or end other programs that use the device and go on with --resume."
+            f"The device's memory ran out ({reason}). Start a new run with {batch} --image-size, or with "
+            "--memory-budget, or end other programs that use the device and go on with --resume."
         ) from error
+
+
+def gpu_room(
+    memory: StepMemory, batch: int, device: torch.device, features: Sequence[Callable[[], object]]
+) -> int | None:
+    """Return the bytes of a GPU's own memory that features or images may take; None on other devices.
+
+    Args:
+        memory: of training.
+        batch: images per step.
+        device: where it trains.
+        features: what computes a batch of features, in each format that will; it is run to see what it takes.
+    """
+    if device.type != "cuda":
+        return None
+    peak = max((peak_memory(compute, device) for compute in features), default=0)
+    return memory.room(batch, _free(device), peak)
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of a GPU's memory that some work holds beyond what is held before it."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def step_memory(

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from finetune.features import Prefix
 from finetune.precision import compile_module
-from finetune.prefix import BF16_ERROR, FP32_ERROR, PREFIX_BATCH, PreparedPrefix
+from finetune.prefix import BF16_ERROR, FP32_ERROR, PreparedPrefix
 
 
 def join(parts: Sequence[PreparedPrefix], sample: torch.Tensor) -> Prefix | None:
@@ -45,7 +45,7 @@ def join(parts: Sequence[PreparedPrefix], sample: torch.Tensor) -> Prefix | None
     merged = merge(graphs)
     run = compile_module(merged) if choice.compiled else merged
     joint = replace(parts[0].prefix, run=run, rows=tuple(row for part in parts for row in part.prefix.rows))
-    full = sample[torch.arange(PREFIX_BATCH) % len(sample)]
+    full = sample[torch.arange(joint.batch) % len(sample)]
     bound = 0.0
     if choice.compiled:
         bound = BF16_ERROR if choice.precision == "bf16" else FP32_ERROR

@@ -111,7 +111,7 @@ def run_pass(
     for start in range(0, len(data), block):
         stop = min(start + block, len(data))
         if any(target.wants(start, stop) for target in targets):
-            values = compute_rows(joint, data, views, view, start, stop)
+            values = [value.cpu() for value in compute_rows(joint, data, views, view, start, stop)]
             for target, width in zip(targets, widths, strict=True):
                 target.put(start, values[:width])
                 values = values[width:]

@@ -9,6 +9,7 @@ import torch
 from timm.optim.muon import Muon
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
 
 from finetune.recipe import AUTO, DECAY, Recipe, peak_rate
 
@@ -124,3 +125,25 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
         start = lr_scheduler.LinearLR(optimizer, start_factor=1 / (rise + 1), total_iters=rise)
         return lr_scheduler.SequentialLR(optimizer, [start, fall], milestones=[rise])
     return lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
+@torch.no_grad()
+def update_average(average: AveragedModel, module: nn.Module) -> None:
+    """Move a moving average of weights and buffers on after a step; what is no fraction is copied.
+
+    The values are those of `AveragedModel.update_parameters`, which sends the count of updates to the device in every
+    step, and waits for the device to take it.
+
+    Args:
+        average: made with a `multi_avg_fn` that does not look at the count, such as an exponential average's.
+        module: what it is the average of.
+    """
+    kept = [*average.module.parameters(), *average.module.buffers()]
+    pairs = list(zip(kept, [*module.parameters(), *module.buffers()], strict=True))
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    if int(average.n_averaged) and average.multi_avg_fn is not None:  # the count stays on the CPU
+        average.multi_avg_fn([mean for mean, _ in floating], [now for _, now in floating], average.n_averaged)
+        pairs = [pair for pair in pairs if not pair[0].is_floating_point()]  # a count of batches has no average
+    for mean, now in pairs:
+        mean.copy_(now)
+    average.n_averaged += 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from finetune.augment import alternating_views
 from finetune.recipe import Recipe
+from finetune.residency import send
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Rows and the view of each, int64 (B,)."""
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -17,7 +21,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def epoch_batches(
     images: int, batches: int, views: int, epoch: int, recipe: Recipe, kept: torch.Tensor | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     """Yield one epoch's batches as (rows, views), int64 (B,) each.
 
     The epoch visits every image once, or those that are kept, in an order drawn from the epoch's seed. Batches differ
@@ -43,3 +47,14 @@ def epoch_batches(
         visited = kept[order]
         order, drawn = order[visited], drawn[visited]
     yield from zip(order.tensor_split(batches), drawn.tensor_split(batches), strict=True)
+
+
+def on_both(planned: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
+    """Yield each batch as it is on the host and as it is on the device, to which a whole epoch is sent at once."""
+    batches = list(planned)
+    if device.type == "cpu":
+        yield from zip(batches, batches, strict=True)
+        return
+    epoch = send(torch.stack([torch.cat(column) for column in zip(*batches, strict=True)]), device)  # (2, images)
+    sizes = [len(rows) for rows, _ in batches]
+    yield from zip(batches, ((rows, views) for rows, views in epoch.split(sizes, dim=1)), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,14 @@ def _budget_facts(recipe: Recipe, progress: Mapping[str, Any], images: int) -> d
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "timm", "finetune-timm")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # this project, run from its folder without being installed
+        return "not installed"
 
 
 def _calibration_facts(temperature: Temperature, figures: Mapping[str, float | None]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run(
     words = "Stopped before the run began; nothing was written, so start it again."
     job = prepare(recipe, watched(events, stop, words), shared=shared)
     name = f"{job.prepared.arch.name}-{job.data.name}"
-    with create_run_directory(output, name) as directory:
+    with create_run_directory(output, name) as directory, exhaustion_explained(job.computing.smaller):
         # What follows from other settings stays auto, for whoever changes those.
         kept = replace(job.recipe, views=recipe.views, lr=recipe.lr)
         directory.write_recipe(with_absolute_paths(kept, DATA_NAMES))
@@ -114,10 +114,10 @@ def resume(
         job = prepare(recipe, watched(events, stop, words), choices=choices, shared=shared)
         if state is not None:
             checkpoint.require_same(path, state, job.recipe, job.data, job.prepared)
-        return _carry_out(job, directory, state, events, stop, started)
+        with exhaustion_explained(job.computing.smaller):
+            return _carry_out(job, directory, state, events, stop, started)
 
 
-@exhaustion_explained()
 def _carry_out(
     job: Job, directory: RunDirectory, state: dict[str, Any] | None, events: Events, stop: Stop, started: float
 ) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _finish(
 def _builder(job: Job, events: Events, stop: Callable[[], None]) -> FeatureBuilder | None:
     """Return what makes features, or None where batches are computed as they are wanted."""
     computing = job.computing
-    if computing.prefix is None or computing.placement.where not in ("ram", "disk"):
+    if computing.prefix is None or not computing.placement.ahead:
         return None
     told = {"arch": job.prepared.arch.full_name, "data": job.data.name}
     return replace(computing.builder(job.recipe, events), stop=stop, told=told)
@@ -269,7 +269,7 @@ def _source(job: Job, builder: FeatureBuilder | None, data: ImageSet, views: Vie
     if name == "test":  # all in fp32, as whoever loads the model will compute it (docs/decisions/0005)
         prefix, dtype = prefix and prefix.for_test, torch.float32
     if builder is None or prefix is None:
-        return Live(data, views, job.prepared.preprocessing, prefix, job.device, dtype)
+        return Live(data, views, job.prepared.preprocessing, prefix, job.device, dtype, computing.images)
     own = replace(builder, prepared=prefix)
     features = own.features(data, views, name)
     builder.seconds = own.seconds

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 DISK_RESERVE = 2 * 10**9  # bytes left free on the cache's disk, so that nothing else on it fails
 CLOSING_RESERVE = 2.0  # times the expected time after training that --budget keeps for it: no clock steers that part
+MEMORIES = {
+    "device": "in the GPU's memory",
+    "pinned": "in memory, sent to the GPU batch by batch",
+    "ram": "in memory",
+}
+"""Places that are memory, as a plan words them."""
+
 MEMORY_SHARE = 0.6  # of what is free: training itself, and the system's file cache, want the rest
 
 
@@ -23,7 +30,9 @@ class Placement:
     """Where features will be.
 
     Attributes:
-        where: "ram", "disk" (memory-mapped), "off" (computed in every epoch) or "uncut" (there is no prefix).
+        where: "device" (a GPU's own memory), "pinned" (the computer's memory, from which a GPU fetches batches through
+            pinned buffers), "ram", "disk" (memory-mapped), "off" (computed in every epoch) or "uncut" (there is no
+            prefix).
         on_disk: whether they are also kept on disk for the next run.
         bytes: of all features.
         reason: one clause for people.
@@ -33,6 +42,16 @@ class Placement:
     on_disk: bool
     bytes: int
     reason: str
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all features are in some memory."""
+        return self.where in MEMORIES
+
+    @property
+    def ahead(self) -> bool:
+        """Whether features are computed once, before training."""
+        return self.in_memory or self.where == "disk"
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,8 @@ class Plan:
         disk: what the run takes on disk.
         epochs: how many.
         budget: seconds that the run may take; None is any time.
+        images: where images lie that are looked at in every epoch ("device", "pinned" or "ram"), and their bytes; ""
+            where features are computed ahead.
         batch_size: images per step.
         feature_seconds: expected time for features.
         epoch_seconds: expected time of one epoch of training.
@@ -113,6 +134,7 @@ class Plan:
     test_feature_seconds: float = 0.0
     test_seconds: float = 0.0
     budget: float | None = None
+    images: tuple[str, int] = ("", 0)
 
     @property
     def frozen_share(self) -> float:
@@ -199,6 +221,7 @@ class Plan:
                 "cache_dir": str(self.disk.cache_dir),
                 "held_bytes": self.disk.held,
             },
+            "images": {"where": self.images[0], "bytes": self.images[1]} if self.images[0] else None,
             "disk": {
                 "features": self.disk.write,
                 "free": self.disk.free,
@@ -227,13 +250,15 @@ class Plan:
                 f"({self.prefix.reason})"
             )
         lines.append(f"features: {self.placement.reason}")
+        if self.images[0] in ("device", "pinned"):
+            lines.append(f"images: {size(self.images[1])} {MEMORIES[self.images[0]]}")
         if self.window_share < 1:
             lines.append(f"trains on random windows of the feature maps, {100 * self.window_share:.0f} % of their area")
         if self.seen_share < 1:
             lines.append(f"leaves easy images out: an epoch trains on {100 * self.seen_share:.0f} % of them on average")
         rows = f"{duration(self.feature_seconds)} for {self.feature_views:,} feature rows, "
         if not self.feature_views:
-            rows = "no features to compute, " if self.placement.where in ("ram", "disk") else ""
+            rows = "no features to compute, " if self.placement.ahead else ""
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} of {duration(self.epoch_seconds)}"
         if self.budget is not None and self.epochs_in_budget < self.epochs:
             epochs = f"about {self.epochs_in_budget:.1f} of {epochs}"
@@ -272,7 +297,16 @@ def size(count: int) -> str:
 
 
 def place(
-    needed: int, *, mode: str, cache_dir: Path, limit: int, memory: int, held: int, fresh_each_epoch: bool
+    needed: int,
+    *,
+    mode: str,
+    cache_dir: Path,
+    limit: int,
+    memory: int,
+    held: int,
+    fresh_each_epoch: bool,
+    device: int | None = None,
+    quick: bool = False,
 ) -> Placement:
     """Decide where features go.
 
@@ -281,9 +315,11 @@ def place(
         mode: auto, ram, disk or off.
         cache_dir: folder of the cache.
         limit: most bytes the cache may take.
-        memory: most bytes of memory for features.
+        memory: most bytes of the computer's memory for features.
         held: bytes of these features that are on disk already.
         fresh_each_epoch: every epoch uses views of its own that are not on disk, so caching saves nothing in this run.
+        device: most bytes of a GPU's own memory for features; None where there is none.
+        quick: features are computed faster than a disk gives them back.
 
     Raises:
         UsageError: the asked-for place is too small.
@@ -292,19 +328,21 @@ def place(
         return Placement("off", False, 0, "computed anew in every epoch, as asked")
     if mode == "auto" and fresh_each_epoch:
         return Placement("off", False, 0, "every epoch has views of its own, so they are computed as it goes")
-    fits_memory = needed <= memory
+    where = memory_for(needed, memory, device)
+    text = f"{size(needed)} {MEMORIES.get(where, '')}"
     if mode == "ram":
-        if not fits_memory:
+        if not where:
             raise UsageError(
                 f"--cache ram needs {size(needed)} for features and the memory budget is {size(memory)}; raise "
                 "--memory-budget, lower --limit or --views, or use --cache disk."
             )
-        return Placement("ram", False, needed, f"{size(needed)} in memory, nothing on disk")
+        return Placement(where, False, needed, f"{text}, nothing on disk")
+    if mode == "auto" and where and quick and held < needed:
+        return Placement(where, False, needed, f"{text}, not kept: a disk is slower than computing them again")
     free = free_disk(cache_dir) - DISK_RESERVE
-    fits_disk = needed <= limit and needed - held <= free
-    if fits_disk:
-        if fits_memory and mode == "auto":
-            return Placement("ram", True, needed, f"{size(needed)} in memory, kept on disk for the next run")
+    if needed <= limit and needed - held <= free:
+        if where and mode == "auto":
+            return Placement(where, True, needed, f"{text}, kept on disk for the next run")
         return Placement("disk", True, needed, f"{size(needed)} on disk, read as needed (memory budget {size(memory)})")
     if mode == "disk":
         raise UsageError(
@@ -312,11 +350,26 @@ def place(
             f"{size(max(free, 0))} can be used on that disk: raise the limit, point --cache-dir elsewhere, or use "
             "--cache off."
         )
-    if fits_memory:
-        return Placement("ram", False, needed, f"{size(needed)} in memory; the disk budget is too small to keep them")
+    if where:
+        return Placement(where, False, needed, f"{text}; the disk budget is too small to keep them")
     return Placement(
         "off", False, 0, f"{size(needed)} fit neither disk nor memory, so they are computed in every epoch"
     )
+
+
+def memory_for(needed: int, memory: int, device: int | None) -> str:
+    """Return the memory in which so many bytes fit, a GPU's own before the computer's; "" where they fit in none.
+
+    Args:
+        needed: bytes.
+        memory: most bytes of the computer's memory.
+        device: most bytes of a GPU's own memory; None where there is none.
+    """
+    if device is not None and needed <= device:
+        return "device"
+    if needed > memory:
+        return ""
+    return "ram" if device is None else "pinned"
 
 
 def free_disk(path: Path) -> int:

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from finetune.device import synchronize
 from weights.errors import RunError, UsageError
 from weights.save import write_atomically
 
@@ -27,6 +28,8 @@ from weights.save import write_atomically
 # takes tens of seconds, of which 30 is a cautious guess until it has been timed here.
 COMPILE_GAIN = 0.06
 COMPILE_SECONDS = 30.0
+
+QUEUED_STEPS = 8  # in one timing on a GPU: enough that waiting for the last of them counts little
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -74,6 +77,7 @@ def choose(
     compiler: str | None,
     device: torch.device,
     compilations: int = 1,
+    fits: Callable[[str], int | None] | None = None,
 ) -> Choice:
     """Time the candidates and return the fastest.
 
@@ -86,6 +90,7 @@ def choose(
         compiler: path of the C++ compiler, or None where there is none.
         device: where the steps run.
         compilations: sizes of input that will be met; each is compiled by itself.
+        fits: given a precision, finds a smaller number of images of which a step runs; asked where no candidate fits.
 
     Returns:
         The choice, its reason naming the rates of what was tried. A choice that was asked for is timed all the same,
@@ -108,10 +113,7 @@ def choose(
             rates[name] = 0.0  # an operation that this device does not have in bf16
     best = max(rates, key=rates.__getitem__)
     if not rates[best]:
-        raise UsageError(
-            f"A step of {images_per_step} images needs more memory than {device} has; give a smaller --batch-size or "
-            "--image-size, or train fewer layers."
-        )
+        raise _too_large(images_per_step, device, fits(precisions[-1]) if fits else None)
     told = ", ".join(f"{name} {rate:.0f} img/s" for name, rate in rates.items())
     eager = Choice(best, False, rates[best], 0.0, told, rates.get("fp32", 0.0))
     if compile_mode == "off":
@@ -122,6 +124,30 @@ def choose(
     if compile_mode == "auto" and seconds * COMPILE_GAIN < COMPILE_SECONDS * compilations:
         return replace(eager, reason=f"{told}; {seconds:.0f} s of work would not repay compiling")
     return _try_compiled(build, eager, images_per_step, compile_mode == "on", device)
+
+
+def _too_large(images: int, device: torch.device, fits: int | None) -> UsageError:
+    batch = f"--batch-size {fits}, which was tried and fits," if fits else "a smaller --batch-size"
+    return UsageError(
+        f"A step of {images} images needs more memory than {device} has; give {batch} or a smaller --image-size, or "
+        "train fewer layers."
+    )
+
+
+def largest_that_runs(build: Callable[[int], Callable[[], None]], images: int) -> int | None:
+    """Return the largest of half, a quarter and so on of `images` of which a step fits in memory; None below two.
+
+    Args:
+        build: makes a step of so many images.
+        images: too many.
+    """
+    while (images := images // 2) >= 2:
+        try:
+            build(images)()
+            return images
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return None
 
 
 def _try_compiled(build: Candidate, eager: Choice, images: int, forced: bool, device: torch.device) -> Choice:
@@ -155,16 +181,19 @@ def compile_module(module: nn.Module) -> Callable[..., Any]:
 
 
 def step_seconds(step: Callable[[], None], device: torch.device, *, repeats: int = 2) -> float:
-    """Return the fastest of a few timings of `step`, after one that does not count."""
+    """Return the fastest of a few timings of `step`, after one that does not count.
+
+    A GPU gets several steps at once, as in training, where the host runs ahead and does not wait for each of them.
+    """
+    steps = QUEUED_STEPS if device.type == "cuda" else 1
     times = []
     for _ in range(repeats + 1):
+        synchronize(device)
         start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-        times.append(time.perf_counter() - start)
+        for _ in range(steps):
+            step()
+        synchronize(device)
+        times.append((time.perf_counter() - start) / steps)
     return min(times[1:])
 
 

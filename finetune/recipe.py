@@ -122,7 +122,9 @@ class Recipe:
     cache_dir: Path | None = _setting(None, "Folder of cached features; auto is the user's cache folder.")
     cache_limit: str = _setting("50GB", "Most that cached features may take on disk; the oldest go first.")
     memory_budget: str | None = _setting(
-        None, "Most memory for features; auto is 60 % of what is free. More is read from disk."
+        None,
+        "Most memory for features; auto is 60 % of what is free, of a GPU's own what training leaves. "
+        "More is read from disk.",
     )
     log: str = _setting(
         "none",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +14,19 @@ from filelock import Timeout
 
 from finetune.augment import Preprocessing, Views
 from finetune.cache import Entry, cannot_write, key_of, make_room
+from finetune.device import synchronize
 from finetune.events import Events
-from finetune.features import Features, Progressing, compute_view
+from finetune.features import Features, Progressing, compute_view, new_stores
 from finetune.images import ImageSet
 from finetune.plan import Placement
 from finetune.prefix import PreparedPrefix
+from finetune.residency import Images, send
 
 
 class Live:
     """Batches computed when they are asked for: views, preprocessing, and the prefix where there is one.
+
+    All of it runs on the device, to which the images are sent batch by batch unless they lie there.
 
     Args:
         data: the split.
@@ -31,6 +35,10 @@ class Live:
         prefix: the frozen part, or None for a model that trains uncut.
         device: where batches are wanted.
         dtype: of the model input of an uncut model.
+        images: where the images lie; where `data` has them when None.
+
+    Attributes:
+        on_device: whether they lie on the device, so that rows may be given there.
     """
 
     def __init__(
@@ -41,13 +49,17 @@ class Live:
         prefix: PreparedPrefix | None,
         device: torch.device,
         dtype: torch.dtype,
+        images: Images | None = None,
     ) -> None:
-        self.data, self.views, self.preprocessing = data, views, preprocessing
+        self.store = (images or Images("ram", device)).store(data.images)
+        self.views, self.preprocessing = views.on(device), preprocessing
         self.prefix, self.device, self.dtype = prefix, device, dtype
+        self.on_device = self.store.on_device
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the inputs of what trains for int64 (B,) rows and views, on the device."""
-        images = self.views.apply(self.data.images[rows].to(self.device, non_blocking=True), rows, views)
+        images = self.store.take(rows, views)
+        images = self.views.apply(images, send(rows, self.device), send(views, self.device))
         if self.prefix is None:
             return (self.preprocessing(images, self.dtype),)
         return self.prefix.prefix(images)
@@ -118,23 +130,32 @@ class FeatureBuilder:
         start = time.perf_counter()
         device = self.prepared.prefix.device
         progress = Progressing(self.events.progress, len(data) * views.count, f"features of {name}", self.stop)
-        keep = self.placement.where == "ram"
-        tensors = []
-        if self.holds(data, views):
-            tensors = [self.held[entry.folder.name] for entry, _ in self.entries(data, views)]
-        elif not self.placement.on_disk:
-            for view in range(views.count):
-                tensors.append(
-                    compute_view(self.prepared.prefix, data, views, view, entry=None, keep=True, report=progress)
-                )
-        else:
-            entries = self.entries(data, views)
+        held = self.holds(data, views)
+        there = torch.device("cpu") if self.placement.where != "device" else device
+        stores = []
+        if self.placement.in_memory and (there.type != "cpu" or not held):
+            stores = new_stores(self.prepared.prefix.rows, views.count, len(data), there)
+        entries = self.entries(data, views) if held or self.placement.on_disk else []
+        if not held:
             self._keys += [entry.folder.name for entry, _ in entries]  # no view makes room by deleting another
-            for view, (entry, about) in enumerate(entries):
+        tensors = []
+        for view in range(views.count):
+            into = [store[view] for store in stores]
+            if held:
+                kept = self.held[entries[view][0].folder.name]
+                tensors.append(
+                    [target.copy_(value) for target, value in zip(into, kept, strict=True)] if into else kept
+                )
+            elif not self.placement.on_disk:
+                made = compute_view(self.prepared.prefix, data, views, view, entry=None, into=into, report=progress)
+                tensors.append(made)
+            else:
+                entry, about = entries[view]
                 about = {**about, **self.told, "split": name}
-                tensors.append(self._from_disk(data, views, view, entry, about, keep, progress))
+                tensors.append(self._from_disk(data, views, view, entry, about, into, progress))
+        synchronize(device)
         self.seconds += time.perf_counter() - start
-        return Features(tensors, device)
+        return Features(tensors, device, stores or None)
 
     def _from_disk(
         self,
@@ -143,7 +164,7 @@ class FeatureBuilder:
         view: int,
         entry: Entry,
         about: dict[str, object],
-        keep: bool,
+        into: Sequence[torch.Tensor],
         progress: Progressing,
     ) -> list[torch.Tensor]:
         """Read one view through its cache entry, holding the entry's lock while it may be written."""
@@ -151,7 +172,7 @@ class FeatureBuilder:
             entry.load_journal()
             make_room(self.cache_dir, entry.missing_rows() * sum(entry.row_bytes), self.limit, self._keys)
             entry.open(about)
-            tensors = compute_view(self.prepared.prefix, data, views, view, entry=entry, keep=keep, report=progress)
+            tensors = compute_view(self.prepared.prefix, data, views, view, entry=entry, into=into, report=progress)
         if entry.damaged:
             self.events.note(
                 f"Cached features {entry.folder.name} were damaged in {len(entry.damaged)} chunks; "

@@ -18,7 +18,7 @@ import torch
 
 from finetune.augment import Views
 from finetune.cache import Entry, key_of, make_room
-from finetune.compute import cache_folder, memory_budget
+from finetune.compute import cache_folder, memory_budget, quicker_than_disk
 from finetune.events import Events
 from finetune.features import Prefix, Progressing
 from finetune.images import ImageSet
@@ -53,7 +53,7 @@ def with_features(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs whose frozen part is computed ahead, one of each kind: the cuts of some layers are the same."""
     found: dict[str, Job] = {}
     for job in jobs:
-        if job.computing.prefix is not None and job.computing.placement.where in ("ram", "disk"):
+        if job.computing.prefix is not None and job.computing.placement.ahead:
             found.setdefault(key_of(job.computing.prefix.identity), job)
     return list(found.values())
 
@@ -89,10 +89,11 @@ def place_together(jobs: Sequence[Job], subsets: Sequence[Subset]) -> Placement 
             memory=min([memory_budget(recipe), *left]),
             held=held,
             fresh_each_epoch=False,
+            quick=jobs[0].device.type == "cuda" and all(quicker_than_disk(job.computing.prefix) for job in jobs),
         )
     except UsageError:
         return None
-    return placement if placement.where in ("ram", "disk") else None
+    return placement if placement.ahead else None
 
 
 def compute_together(

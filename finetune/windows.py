@@ -62,12 +62,11 @@ class Windows:
         Args:
             inputs: crossing tensors (B, C, S, S).
             epoch: from 0.
-            corners: int64 (B, 2), top and left.
+            corners: int64 (B, 2), top and left, on the inputs' device.
 
         Returns:
             Tensors (B, C, W, W) in channels-last memory.
         """
-        corners = corners.to(inputs[0].device, non_blocking=True)
         reach = torch.arange(self.sides[epoch], device=corners.device)
         which = torch.arange(len(corners), device=corners.device)[:, None, None]
         rows = (corners[:, :1] + reach)[:, :, None]  # (B, W, 1)

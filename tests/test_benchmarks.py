@@ -78,6 +78,7 @@ def test_the_parts_of_a_network_add_up(whole_job: Any, tmp_path: Path) -> None:
     args = argparse.Namespace(
         data=str(tmp_path / "all"), images=16, arch="test_resnet", train_layers="layer4,fc", weights="none",
         allow_missing="", image_size=32, rounds=1, batch_size=8, compile="off", windows="off",
+        device="cpu",
     )  # fmt: skip
     parts, _ = utilisation.prepare_parts(args, tmp_path)
     work = {part.name: part.multiply_adds for part in parts}

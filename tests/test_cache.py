@@ -328,7 +328,7 @@ def test_two_runs_share_an_entry_and_the_second_waits(tmp_path: Path) -> None:
         notes.append(text)
         entry.open(about)
         features.compute_view(
-            Counted(TWO_TENSORS).prepared().prefix, data, NONE, 0, entry=entry, keep=True, report=lambda images: None
+            Counted(TWO_TENSORS).prepared().prefix, data, NONE, 0, entry=entry, into=[], report=lambda images: None
         )
         held.lock.release()
 

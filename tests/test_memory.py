@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from finetune.memory import StepMemory, step_memory
+from finetune.memory import GPU_SHARE, StepMemory, exhaustion_explained, gpu_room, step_memory
 from finetune.plan import Placement
+from finetune.precision import largest_that_runs
 from finetune.recipe import Recipe
-from weights.errors import UsageError
+from weights.errors import TrainingError, UsageError
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -53,3 +56,42 @@ def test_a_batch_that_does_not_fit() -> None:
     memory.require(900)
     with pytest.raises(UsageError, match=r"at least 1\.1 GB of memory and 1\.0 GB are free; give --batch-size 900"):
         memory.require(1000)
+
+
+def test_a_gpus_memory_leaves_training_twice_its_lower_bound_or_what_features_take_for_a_while() -> None:
+    memory = StepMemory(10**6, 10**8, 8 * GB, shared=False)
+    assert memory.room(100, 8 * GB) == GPU_SHARE * 8 * GB - 2 * (10**8 + 100 * 10**6)
+    assert memory.room(100, 8 * GB, peak=2 * GB) == GPU_SHARE * 8 * GB - 2 * GB
+    assert memory.room(100, 10**8) == 0
+    assert gpu_room(memory, 100, CPU, []) is None  # no memory of its own
+
+
+def test_the_batch_size_that_is_named_is_half_or_less() -> None:
+    memory = StepMemory(10**6, 10**8, 8 * GB, shared=False)
+    assert memory.smaller(128, taken=0) == 64
+    fits = memory.smaller(10_000, taken=5 * GB)
+    assert fits == 1000  # 0.9 * 8 GB less 5 GB and twice 0.1 GB, by two activations of 1 MB
+    assert memory.smaller(128, taken=7 * GB) is None
+    with (
+        pytest.raises(
+            TrainingError, match=r"Start a new run with --batch-size 64, which should fit, or a smaller --im"
+        ),
+        exhaustion_explained(64),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_batch_size_that_was_tried_is_the_largest_that_runs() -> None:
+    asked = []
+
+    def build(images: int) -> Callable[[], None]:
+        def step() -> None:
+            asked.append(images)
+            if images > 40:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return step
+
+    assert largest_that_runs(build, 256) == 32
+    assert asked == [128, 64, 32]
+    assert largest_that_runs(lambda images: build(100 * images), 256) is None

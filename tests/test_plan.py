@@ -100,6 +100,26 @@ def test_views_that_are_used_once_are_not_kept_unless_they_are_there() -> None:
     assert placed(GB, fresh_each_epoch=True, mode="disk").where == "disk"
 
 
+def test_a_gpus_own_memory_comes_before_the_computers_and_that_before_the_disk() -> None:
+    own = placed(5 * GB, device=6 * GB)
+    assert own == Placement("device", True, 5 * GB, "5.0 GB in the GPU's memory, kept on disk for the next run")
+    assert placed(7 * GB, device=6 * GB).where == "pinned"
+    assert placed(9 * GB, device=6 * GB).where == "disk"
+    assert placed(60 * GB, device=6 * GB).where == "off"
+    larger = placed(9 * GB, device=10 * GB, mode="ram")  # than the computer's memory
+    assert larger == Placement("device", False, 9 * GB, "9.0 GB in the GPU's memory, nothing on disk")
+    asked = placed(7 * GB, device=6 * GB, mode="ram").reason
+    assert asked == "7.0 GB in memory, sent to the GPU batch by batch, nothing on disk"
+    assert placed(5 * GB, device=6 * GB, mode="disk").where == "disk"
+
+
+def test_what_a_gpu_computes_faster_than_a_disk_gives_it_back_is_not_kept() -> None:
+    reason = "5.0 GB in the GPU's memory, not kept: a disk is slower than computing them again"
+    assert placed(5 * GB, device=6 * GB, quick=True) == Placement("device", False, 5 * GB, reason)
+    assert placed(5 * GB, device=6 * GB, quick=True, held=5 * GB).on_disk  # all of it is there already
+    assert placed(9 * GB, device=6 * GB, quick=True).where == "disk"
+
+
 def test_the_disk_that_is_asked_about_is_the_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(psutil, "disk_usage", lambda path: asked.append(path) or Usage(100 * GB))
@@ -180,6 +200,15 @@ def test_an_uncut_plan_has_no_line_about_a_frozen_part() -> None:
     )
     assert plan.sentences()[1] == "trains all: 8,445,028 of 11,227,812 parameters"
     assert plan.sentences()[3] == "features: none: every layer trains"
+
+
+def test_a_plan_says_where_images_lie_that_every_epoch_looks_at() -> None:
+    for where, words in (("device", "in the GPU's memory"), ("pinned", "in memory, sent to the GPU batch by batch")):
+        plan = make_plan(images=(where, 184_320_000))
+        assert plan.sentences()[5] == f"images: 184.3 MB {words}"
+        assert plan.as_dict()["images"] == {"where": where, "bytes": 184_320_000}
+    assert len(make_plan(images=("ram", 10)).sentences()) == len(make_plan().sentences())
+    assert make_plan().as_dict()["images"] is None
 
 
 def test_what_a_budget_leaves_for_epochs() -> None:

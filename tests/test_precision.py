@@ -94,6 +94,8 @@ def test_a_format_that_does_not_fit_in_memory_is_not_taken() -> None:
         UsageError, match=r"^A step of 64 images needs more memory than cpu has; give a smaller --batch"
     ):
         Bench({("fp32", False): full, ("bf16", False): full}).choose()
+    with pytest.raises(UsageError, match=r"has; give --batch-size 32, which was tried and fits, or a smaller --image"):
+        Bench({("fp32", False): full, ("bf16", False): full}).choose(fits={"bf16": 32}.get)
 
 
 def test_fp32_that_does_not_run_is_no_choice_but_an_error() -> None:
