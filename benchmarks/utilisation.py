@@ -121,9 +121,10 @@ def trained_parts(name: str, job: Job, views: Source, plain: Source, inputs: tup
     import torch
 
     from finetune.device import settle
-    from finetune.fit import Split, Trainer
+    from finetune.fit import Trainer
     from finetune.inference import evaluation_batch, predict
     from finetune.precision import compile_module
+    from finetune.sharing import Split
 
     data, training = job.data.train, job.computing.training
     suffix = settle(job.cut.suffix, job.device)

@@ -106,6 +106,6 @@ def watched() -> Iterator[dict[str, list[tuple[int, float]]]]:
         stack.enter_context(
             watch(outcome, "train_figures", lambda _, split, *rest: ("sample", min(sampled, len(split.labels))))
         )
-        stack.enter_context(watch(outcome, "test_logits", lambda _, source, count, *rest: ("test", count)))
+        stack.enter_context(watch(outcome, "test_logits", lambda _, test, *rest: ("test", len(test.labels))))
         stack.enter_context(watch(RunDirectory, "write_checkpoint", lambda *_: ("checkpoint", 0)))
         yield seen

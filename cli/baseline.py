@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cli.console import Screen, print_lines
+from cli.console import Screen
 from cli.options import Config, recipe_options, without_auto
-from cli.report import show
-from cli.run import carry_out, only_resume, result_lines, stop_on_signals
+from cli.run import carry_out, only_resume, show_result, stop_on_signals
 from finetune.recipe import check, to_toml
 from finetune.scratch import BY_RECIPE, DECIDED, FIRST, RECIPES, choose_baseline
 
@@ -56,9 +54,7 @@ def _baseline(
         return
     with Screen() as screen:
         summary = carry_out(chosen, output, resume, screen, stop_on_signals(screen.interrupted))
-    print(json.dumps(summary, indent=2)) if as_json else print_lines(result_lines(summary))
-    if open_page:
-        show(Path(summary["output"]) / "report.html")
+    show_result(summary, as_json=as_json, open_page=open_page)
 
 
 baseline_command = recipe_options(

@@ -17,7 +17,11 @@ from cli import eval as evaluating
 from cli import list as listing
 from cli import weights as weight_files
 from finetune.allocator import tune_allocator
-from weights.errors import FinetuneError, StoppedError
+from finetune.launch import is_first_here, require_alone
+from weights.errors import FinetuneError, StoppedError, UsageError
+
+SHARED = ("run", "baseline")
+"""The commands that several processes can share."""
 
 
 class Commands(TyperGroup):
@@ -30,7 +34,9 @@ class Commands(TyperGroup):
         except FinetuneError as error:
             from cli.console import print_error
 
-            print_error(str(error))
+            # All processes of a machine have the same command line, and one is enough to say what is wrong with it.
+            if not error.told and (is_first_here() or not isinstance(error, UsageError)):
+                print_error(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:  # before a run begins, and in commands that leave nothing half-done
             raise typer.Exit(StoppedError.exit_code) from error
@@ -65,6 +71,7 @@ app.add_typer(weight_files.app, name="weights")
 
 @app.callback(invoke_without_command=True)
 def version_callback(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
 ) -> None:
     """Fine-tune a pretrained image classifier: the layers that do not train are computed once."""
@@ -73,6 +80,8 @@ def version_callback(
 
         print(f"finetune {version_of('finetune-timm')}")
         raise typer.Exit
+    if context.invoked_subcommand not in SHARED:
+        require_alone(context.invoked_subcommand or "")
 
 
 def main() -> None:

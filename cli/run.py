@@ -14,6 +14,7 @@ import typer
 from cli.console import Screen, print_lines
 from cli.options import Config, make_recipe, recipe_options
 from cli.report import show
+from finetune.launch import is_first
 from finetune.recipe import Recipe, flag
 from weights.errors import UsageError
 
@@ -43,12 +44,7 @@ def run_command(
     with Screen() as screen:
         stop = stop_on_signals(screen.interrupted)
         summary = carry_out(recipe, output, resume, screen, stop)
-    if as_json:
-        print(json.dumps(summary, indent=2))
-    else:
-        print_lines(result_lines(summary))
-    if open_page:
-        show(Path(summary["output"]) / "report.html")
+    show_result(summary, as_json=as_json, open_page=open_page)
 
 
 def carry_out(
@@ -66,6 +62,15 @@ def carry_out(
     if resume is not None:
         return pipeline.resume(resume, events=events, stop=stop)
     return pipeline.run(recipe, output, events=events, stop=stop)
+
+
+def show_result(summary: dict[str, Any], *, as_json: bool, open_page: bool) -> None:
+    """Print what came of a run, and show its page when asked; of several processes only the first one does."""
+    if not is_first():
+        return
+    print(json.dumps(summary, indent=2)) if as_json else print_lines(result_lines(summary))
+    if open_page:
+        show(Path(summary["output"]) / "report.html")
 
 
 def only_resume(settings: dict[str, Any], output: Path | None, config: Path | None) -> None:
@@ -100,7 +105,8 @@ def stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
         asked = True
         for each in STOPPING:
             signal.signal(each, signal.SIG_DFL)
-        note("Stopping at the next step; press Ctrl-C again to end at once.")
+        if is_first():
+            note("Stopping at the next step; press Ctrl-C again to end at once.")
 
     for number in STOPPING:
         signal.signal(number, catch)

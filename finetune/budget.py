@@ -35,11 +35,13 @@ class Budget:
         until: second of the run at which training has to end; it may come forward after an epoch.
         spent: returns the seconds of the run so far, those of processes that were stopped included.
         begun: second of the run at which its first step was done, which takes longer than others; None before.
+        agree: returns what all processes of the run take a share for, the first one's.
     """
 
     until: float
     spent: Callable[[], float]
     begun: float | None = None
+    agree: Callable[[float], float] = float
 
     def end_by(self, second: float) -> None:
         """Bring the end of training forward; it is never put off, because the schedule does not go back."""
@@ -50,7 +52,7 @@ class Budget:
         now = self.spent()
         if self.begun is None:
             self.begun = now
-        return 1.0 if now >= self.until else (now - self.begun) / (self.until - self.begun)
+        return self.agree(1.0 if now >= self.until else (now - self.begun) / (self.until - self.begun))
 
     def require_time(self, folder: Path) -> None:
         """Stop a run that has no time left to train when its training begins.

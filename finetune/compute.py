@@ -26,8 +26,10 @@ from finetune.models import Prepared
 from finetune.plan import MEMORIES, MEMORY_SHARE, Placement, Plan, memory_for, place, size
 from finetune.precision import DTYPES, Choice, choose, compile_module, largest_that_runs, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prefix_batch, prepare_prefix
+from finetune.ranks import Ranks
 from finetune.recipe import Recipe, parse_bytes
 from finetune.residency import Images
+from finetune.sharing import own_block
 from finetune.skipping import Skipping
 from finetune.sources import FeatureBuilder
 from finetune.windows import Windows, choose_windows
@@ -95,6 +97,7 @@ def decide(
     events: Events,
     choices: dict[str, Any] | None,
     held: Mapping[str, list[torch.Tensor]],
+    ranks: Ranks,
 ) -> tuple[Computing, Plan]:
     """Choose number formats, compilation and places, by measurement, and plan the run.
 
@@ -108,19 +111,20 @@ def decide(
         events: told what is being measured.
         choices: what a resumed run had chosen; None measures or remembers.
         held: features that are in memory already, by key.
+        ranks: of this process; what is chosen is the first one's choice in all of them.
 
     Raises:
         UsageError: features do not fit where they were asked to be.
     """
-    pick = _picker(recipe, prepared, device, events, choices)
+    pick = _picker(recipe, prepared, device, events, choices, ranks)
     _require_batches(recipe, len(data.train), prepared)
     batch = min(recipe.batch_size or 1, len(data.train))
-    memories = _step_memories(recipe, prepared, cut, device)
+    memories = _step_memories(recipe, prepared, cut, device, ranks)
     min(memories.values(), key=lambda memory: memory.needed(batch)).require(batch)
     fitting = [name for name, memory in memories.items() if memory.needed(batch) <= memory.free]
     only = replace(recipe, precision=fitting[0]) if len(fitting) == 1 else recipe  # no timing of what cannot be
     counts = (len(data.train), len(data.val or ()), len(data.test or ()))
-    rows = counts[0] * views.count + counts[1] + counts[2]
+    rows = (counts[0] * views.count + counts[1] + counts[2]) // ranks.size
     prefix = None
     if cut.prefix is not None:
         step = prefix_batch(device)
@@ -129,21 +133,25 @@ def decide(
             cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, step, rows)
         )
     windows = choose_windows(recipe, [row.shape for row in prefix.prefix.rows] if prefix else [], cut.suffix)
-    pick_training = _picker(only, prepared, device, events, choices)
-    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training)
+    only = only if ranks.alone else replace(only, compile="off")
+    pick_training = _picker(only, prepared, device, events, choices, ranks)
+    training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training, ranks)
     memory = memories[training.precision]
     left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data.train)
-    placement, missing, on_disk = _place(recipe, data, views, prefix, left, held, room)
+    placement, missing, on_disk = _place(recipe, data, views, prefix, left, held, room, ranks)
     if not held:
         memory.require_beside(placement, batch)
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
-    where, seen = _place_images(data, placement, room)
+    placement = ranks.from_first(lambda: placement)
+    where, seen = ranks.from_first(lambda: _place_images(data, placement, room))
     taken = {placement.where: placement.bytes, where: seen}.get("device", 0)
     smaller = None if room is None else memory.smaller(batch, taken)
     computing = Computing(prefix, training, placement, windows, left, held, Images(where, device), smaller)
-    folder = cache_folder(recipe)
-    plan = make_plan(recipe, data, prepared, cut, computing, device, missing, on_disk, folder, (where, seen))
+    folder, seats = cache_folder(recipe), (where, seen)
+    plan = make_plan(
+        recipe, data, prepared, cut, computing, device, missing, on_disk, folder, seats, processes=ranks.size
+    )
     return computing, plan
 
 
@@ -171,9 +179,17 @@ def _room(
 
 
 def _picker(
-    recipe: Recipe, prepared: Prepared, device: torch.device, events: Events, choices: dict[str, Any] | None
+    recipe: Recipe,
+    prepared: Prepared,
+    device: torch.device,
+    events: Events,
+    choices: dict[str, Any] | None,
+    ranks: Ranks,
 ) -> Callable[..., Choice]:
-    """Return pick(part, build, images per step, images of work, sizes, fits): resumed, remembered or measured now."""
+    """Return pick(part, build, images per step, images of work, sizes, fits): resumed, remembered or measured now.
+
+    Of several processes the first one picks, while the others wait and leave the machine to it.
+    """
     about = {
         "device": device_name(device),
         "kind": device.type,
@@ -207,7 +223,7 @@ def _picker(
 
         # The amount of work decides whether compiling is tried, to a factor of two.
         situation = {**about, "part": part, "step": step_images, "work": work.bit_length(), "sizes": sizes}
-        return remembered(cache_folder(recipe), situation, measure)
+        return ranks.from_first(lambda: remembered(cache_folder(recipe), situation, measure))
 
     return pick
 
@@ -238,7 +254,9 @@ def _require_batches(recipe: Recipe, images: int, prepared: Prepared) -> None:
         )
 
 
-def _step_memories(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.device) -> dict[str, StepMemory]:
+def _step_memories(
+    recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.device, ranks: Ranks
+) -> dict[str, StepMemory]:
     """Return what training needs at least, in each number format that may be chosen."""
     side = prepared.preprocessing.size
     image = torch.zeros(1, 3, side, side)
@@ -249,7 +267,7 @@ def _step_memories(recipe: Recipe, prepared: Prepared, cut: Cut, device: torch.d
     found = {}
     for name, dtype in DTYPES.items() if recipe.precision == "auto" else [(recipe.precision, DTYPES[recipe.precision])]:
         try:
-            found[name] = step_memory(suffix, shapes, dtype, device, recipe)
+            found[name] = step_memory(suffix, shapes, dtype, device, recipe).among(ranks.size, ranks.local_size)
         except (RuntimeError, NotImplementedError):
             if name == "fp32" or recipe.precision == "bf16":
                 raise  # auto takes fp32 where an operation has no bf16
@@ -265,9 +283,13 @@ def _choose_training(
     device: torch.device,
     windows: Windows | None,
     pick: Callable[..., Choice],
+    ranks: Ranks,
 ) -> Choice:
-    """Time training steps of what trains, on whole maps; its weights are put back afterwards."""
-    batch = min(recipe.batch_size or 1, len(train))
+    """Time training steps of what trains, on whole maps; its weights are put back afterwards.
+
+    Several processes train eagerly: DistributedDataParallel sends gradients while the backward pass goes on.
+    """
+    batch = -(-min(recipe.batch_size or 1, len(train)) // ranks.size)
     rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
     suffix = settle(cut.suffix, device)
     before = {name: value.clone() for name, value in suffix.state_dict().items()}
@@ -302,7 +324,7 @@ def _choose_training(
     suffix.load_state_dict(before)
     suffix.zero_grad(set_to_none=True)
     suffix.eval()
-    return choice
+    return choice if ranks.alone else replace(choice, compiled=False)
 
 
 def _place(
@@ -313,16 +335,20 @@ def _place(
     left: int | None,
     in_memory: Mapping[str, list[torch.Tensor]],
     room: int | None,
+    ranks: Ranks,
 ) -> tuple[Placement, tuple[int, int], int]:
     """Return where features go, the rows to be computed (of train and validation, of the test), and the bytes there.
 
     Without a --memory-budget, features in memory take no more than training leaves (`left` bytes; None is no limit).
-    What is `in_memory` already takes no more of it. `room` is what a GPU's own memory has for them.
+    What is `in_memory` already takes no more of it. `room` is what a GPU's own memory has for them. Rows are those of
+    this process, bytes those of its machine.
     """
     if prefix is None:
         return Placement("uncut", False, 0, ""), (0, 0), 0
     plain = Views("none", 1)
-    learned = [(data.train, views)] + ([(data.val, plain)] if data.val is not None else [])
+    learned = [own_block(ranks, data.train, views)]
+    learned += [own_block(ranks, data.val, plain)] if data.val is not None else []
+    tested = [own_block(ranks, data.test, plain)] if data.test is not None else []
     needed = held = 0
     fresh = recipe.augment == "crop" and views.count == recipe.epochs
     absent = []
@@ -332,16 +358,16 @@ def _place(
         where = memory_for(needed, needed, room)
         placement = Placement(where, False, needed, f"{size(needed)} {MEMORIES[where]}, shared with other runs")
         return placement, (0, len(data.test or ())), 0
-    for made, splits in ((prefix, learned), (prefix.for_test, [(data.test, plain)] if data.test is not None else [])):
+    for made, splits in ((prefix, learned), (prefix.for_test, tested)):
         row_bytes = sum(row.bytes for row in made.prefix.rows)
         builder = Computing(made, made.choice, Placement("ram", True, 0, "")).builder(recipe, Events())
         rows = sum(len(split) * view.count for split, view in splits)
         missing = sum(builder.missing(split, view) for split, view in splits)
         missing = missing if recipe.cache in ("auto", "disk") else rows
-        needed += rows * row_bytes
-        held += (rows - missing) * row_bytes
+        needed += rows * row_bytes * ranks.local_size
+        held += (rows - missing) * row_bytes * ranks.local_size
         absent.append((rows, missing))
-        if fresh and made is prefix and builder.missing(data.train, views) == 0:
+        if fresh and made is prefix and builder.missing(*learned[0]) == 0:
             fresh = False  # an earlier run kept just these
     placement = place(
         needed,

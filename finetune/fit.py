@@ -5,13 +5,15 @@ feature cache or by computing on the fly, and the loss is the same.
 
 Everything random in an epoch (order, views, dropout) is seeded by the run's seed and the epoch's number. So a resumed
 run needs no generator state to go on to the same bits.
+
+Several processes go through the same epochs and batches in step, each with its part of every batch (`sharing.py`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,29 +25,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.budget import Budget, PacedSchedule
-from finetune.inference import Source, autocast, cast, evaluation_batch, lies_on_device, predict, score
+from finetune.inference import autocast, cast, evaluation_batch, lies_on_device, score
 from finetune.optim import make_optimizer, make_schedule, update_average
 from finetune.order import epoch_batches, epoch_seed, on_both
+from finetune.ranks import Ranks
 from finetune.recipe import Recipe
 from finetune.residency import send
+from finetune.sharing import Part, Split, parts_of, shared_logits, shared_losses
 from finetune.skipping import Skipping
 from finetune.windows import Windows
 from weights.errors import DivergedError
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split as the loop sees it.
-
-    Attributes:
-        source: gives inputs.
-        labels: int64 (N,), on the CPU.
-        views: views per image in the source.
-    """
-
-    source: Source
-    labels: torch.Tensor
-    views: int
 
 
 @dataclass
@@ -97,6 +86,7 @@ class Trainer:
         windows: what to train on of each feature map; all of it when None.
         budget: the time that training may take; None takes as long as its epochs take.
         class_weights: float32 (classes,), how much an image of each class counts in the loss; all the same when None.
+        ranks: of this process among those that train together, `forward` being of all of them; alone when None.
     """
 
     def __init__(
@@ -111,6 +101,7 @@ class Trainer:
         windows: Windows | None = None,
         budget: Budget | None = None,
         class_weights: torch.Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if recipe.epochs is None or recipe.batch_size is None:
             raise ValueError("resolve the recipe first: epochs and batch_size are None")
@@ -118,6 +109,7 @@ class Trainer:
         self.forward = suffix if forward is None else forward  # not `or`: a compiled module has no truth value
         self.epochs, self.images, self.windows, self.budget = recipe.epochs, images, windows, budget
         self.class_weights = None if class_weights is None else class_weights.to(device)
+        self.ranks = ranks or Ranks()
         self.skipping = Skipping(images, self.epochs, recipe.skip_easy or 0.0)
         self.batches = [-(-self.skipping.kept(epoch) // recipe.batch_size) for epoch in range(self.epochs)]
         self.losses = torch.zeros(images if recipe.skip_easy else 0, device=device)
@@ -200,8 +192,8 @@ class Trainer:
             DivergedError: the loss is no longer finite.
         """
         self.suffix.train()
-        torch.manual_seed(epoch_seed(self.recipe.seed, epoch))
-        # Apple GPUs have no float64.
+        torch.manual_seed(epoch_seed(self.recipe.seed, epoch, self.ranks.rank))
+        # Apple GPUs have no float64. What is counted are images, as often as their losses count.
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         # The last one counts images as often as their losses count.
         losses, correct, counted = (torch.zeros((), device=self.device, dtype=exact) for _ in range(3))
@@ -210,29 +202,32 @@ class Trainer:
         labels, corners = send(split.labels, self.device), self._corners(epoch)  # once: no step waits for a GPU
         lr, seen = 0.0, 0
         planned = epoch_batches(self.images, batches, split.views, epoch, self.recipe, kept)
-        for done, (here, (rows, views)) in enumerate(on_both(planned, self.device)):
+        parts = parts_of(self.ranks, planned, split.own)
+        places = on_both([(part.rows, part.views) for part in parts], self.device)
+        for done, (part, (here, (rows, views))) in enumerate(zip(parts, places, strict=True)):
             if stop():
                 return None
             lr = self.optimizer.param_groups[0]["lr"]
             inputs = split.source.take(*((rows, views) if lies_on_device(split.source) else here))
             if self.windows is not None and corners is not None:
                 inputs = self.windows.cut(inputs, epoch, corners[rows])
-            counts = None if weights is None else weights[rows]
-            loss, right = self.step(inputs, labels[rows], counts)
+            counts = part.counts(weights, rows)
+            loss, right = self.step(inputs, labels[rows], part.scaled(counts))
             if self.recipe.skip_easy:
-                self.losses[rows] = loss
+                self.losses[rows[: part.count]] = loss[: part.count]
             if counts is not None:
                 loss, right = loss * counts, right * counts
             losses += loss.to(exact).sum()
             correct += right.to(exact).sum()
             counted += len(rows) if counts is None else counts.to(exact).sum()
-            seen += len(rows)
+            seen += part.whole
             last = done + 1 == batches or self.over
             if self.device.type == "cpu" or done % 50 == 0 or last:
                 require_finite(losses, before + done, lr)  # reading the loss waits for a GPU: not each step
             report(done + 1, batches)
             if last:
                 break
+        losses, correct, counted = self._agree(torch.stack([losses, correct, counted]), parts[: done + 1])
         return {
             "train_loss": float(losses / counted),
             "train_accuracy": 100 * float(correct / counted),
@@ -249,6 +244,23 @@ class Trainer:
         """Return the corners of all images' windows, on the device; None for whole maps."""
         corners = self.windows.corners(self.images, epoch, self.recipe.seed) if self.windows else None
         return None if corners is None else send(corners, self.device)
+
+    def _agree(self, sums: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """Let all processes end an epoch with the same running statistics and the same last losses.
+
+        Args:
+            sums: over the images of this process.
+            parts: of the batches that were trained on.
+
+        Returns:
+            The sums over all images.
+        """
+        self.ranks.share_buffers(self.suffix)
+        if self.average is not None:
+            self.ranks.share_buffers(self.average.module)
+        if self.recipe.skip_easy:
+            self.losses = shared_losses(self.ranks, self.losses, torch.cat([part.trained for part in parts]))
+        return self.ranks.sum(sums)
 
     def state(self) -> dict[str, Any]:
         """Return everything that `load_state` needs to go on from here, as tensors and plain values."""
@@ -331,7 +343,9 @@ def fit(trainer: Trainer, train: Split, val: Split | None, progress: Progress, l
         if val is not None:
             everything = torch.arange(len(val.labels))
             batch = evaluation_batch(trainer.recipe)
-            logits = predict(trainer.evaluated, val.source, everything, trainer.device, trainer.dtype, batch=batch)
+            logits = shared_logits(
+                trainer.ranks, trainer.evaluated, val, everything, trainer.device, trainer.dtype, batch=batch
+            )
             val_loss, val_accuracy = score(logits, val.labels)
         eval_seconds = time.perf_counter() - start
         progress.epoch += 1

@@ -35,6 +35,7 @@ def make_plan(
     held: int,
     cache_dir: Path,
     images: tuple[str, int],
+    processes: int = 1,
 ) -> Plan:
     """Plan a run whose computing is decided.
 
@@ -45,10 +46,11 @@ def make_plan(
         cut: the model, cut.
         computing: number formats with their measured rates, places.
         device: where it runs.
-        missing: feature rows to compute, of train and validation, and of the test.
+        missing: feature rows to compute in each process, of train and validation, and of the test.
         held: bytes of features that the cache holds already.
         cache_dir: folder of the cache.
         images: where images lie that every epoch looks at, and their bytes.
+        processes: that share the work.
     """
     return Plan(
         arch=prepared.arch.full_name,
@@ -65,19 +67,22 @@ def make_plan(
         placement=computing.placement,
         window_share=computing.windows.cost if computing.windows else 1.0,
         seen_share=_seen_share(recipe, len(data.train)),
-        feature_views=0 if computing.placement.where in ("off", "uncut") else sum(missing),
+        feature_views=0 if computing.placement.where in ("off", "uncut") else processes * sum(missing),
         disk=_disk(recipe, data, prepared, cut, computing, held, cache_dir),
         epochs=recipe.epochs or 1,
         budget=parse_seconds(recipe.budget, "--budget") if recipe.budget else None,
         batch_size=recipe.batch_size or 1,
         images=images,
-        **_seconds(recipe, data, computing, missing),
+        processes=processes,
+        **_seconds(recipe, data, computing, missing, processes),
     )
 
 
-def _seconds(recipe: Recipe, data: DataSplits, computing: Computing, missing: tuple[int, int]) -> dict[str, float]:
-    """Return the expected time of each phase, by the plan's names."""
-    counts = (len(data.train), len(data.val or ()), len(data.test or ()))
+def _seconds(
+    recipe: Recipe, data: DataSplits, computing: Computing, missing: tuple[int, int], processes: int
+) -> dict[str, float]:
+    """Return the expected time of each phase, by the plan's names, as if processes did not disturb each other."""
+    counts = tuple(len(split or ()) / processes for split in (data.train, data.val, data.test))
     prefix_rate = computing.prefix.choice.rate if computing.prefix else 0.0
     test_rate = computing.prefix.for_test.choice.rate or prefix_rate if computing.prefix else 0.0
     live = computing.placement.where == "off"
@@ -88,12 +93,12 @@ def _seconds(recipe: Recipe, data: DataSplits, computing: Computing, missing: tu
     exact_rate = computing.training.exact_rate or train_rate  # the test runs in fp32
     test_image = 1 / (EVALUATION_SPEEDUP * exact_rate) + (1 / test_rate if live else 0.0)
     # Validation images are looked at once more at the end, for the temperature.
-    test_seconds = counts[2] * test_image + (min(TRAIN_SAMPLE, counts[0]) + counts[1]) * eval_image
+    test_seconds = counts[2] * test_image + (min(TRAIN_SAMPLE / processes, counts[0]) + counts[1]) * eval_image
     cached = not live and prefix_rate > 0
     test_features = missing[1] / test_rate if cached else 0.0
     return {
         "feature_seconds": missing[0] / prefix_rate + test_features if cached else 0.0,
-        "epoch_seconds": counts[0] * _seen_share(recipe, counts[0]) * per_image,
+        "epoch_seconds": counts[0] * _seen_share(recipe, len(data.train)) * per_image,
         "eval_seconds": (recipe.epochs or 1) * counts[1] * eval_image + test_seconds,
         "test_feature_seconds": test_features,
         "test_seconds": test_seconds,

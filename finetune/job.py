@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from finetune.augment import Views, make_views
 from finetune.auto import choice_told, settle_auto, trains_fresh_stage
+from finetune.cache import key_of
 from finetune.compute import Computing, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import DATA_NAMES, load_data, require_data
@@ -28,9 +30,12 @@ from finetune.layers import fingerprint
 from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
-from finetune.recipe import Recipe, check, resolve_auto
+from finetune.ranks import Ranks
+from finetune.recipe import PLACES, Recipe, check, flag, resolve_auto, to_table
 from finetune.rundir import require_empty
 from finetune.scratch import few_steps
+from finetune.sharing import require_rows
+from finetune.sources import images_sha256
 from weights.errors import StoppedError, UsageError, WeightsError
 from weights.locate import Found
 
@@ -66,6 +71,7 @@ class Job:
         views: the training images' views.
         computing: number formats, compilation, places.
         plan: what was told to the user.
+        ranks: of this process among those that share the run.
     """
 
     recipe: Recipe
@@ -77,6 +83,7 @@ class Job:
     views: Views
     computing: Computing
     plan: Plan
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def plan_run(
@@ -103,7 +110,12 @@ def plan_run(
 
 
 def prepare(
-    recipe: Recipe, events: Events, *, choices: dict[str, Any] | None = None, shared: Shared | None = None
+    recipe: Recipe,
+    events: Events,
+    *,
+    choices: dict[str, Any] | None = None,
+    shared: Shared | None = None,
+    ranks: Ranks | None = None,
 ) -> Job:
     """Look at data, weights and machine, and decide how everything will be computed; nothing is written but caches.
 
@@ -112,9 +124,10 @@ def prepare(
         events: told of notes, progress and the plan.
         choices: a resumed run's choices of number format and compilation, kept instead of measured.
         shared: what other runs of this process have read and computed already.
+        ranks: of this process among those that share the run; alone when None.
     """
-    started = time.perf_counter()
-    device = pick_device(recipe.device)
+    started, ranks = time.perf_counter(), ranks or Ranks()
+    device = ranks.device(pick_device(recipe.device))
     if recipe.data not in DATA_NAMES:
         require_data(recipe.data, labels=recipe.labels)  # before weights are looked for, or even downloaded
     found = find_weights(recipe)
@@ -123,11 +136,7 @@ def prepare(
         data = replace(data, test=None)
     for note in data.notes:
         events.note(note)
-    if recipe.patience and data.val is None:
-        raise UsageError(
-            f"--patience {recipe.patience} needs validation images, and there are none: give --val-fraction 0.1, or "
-            "data with a val/ folder, or leave --patience out."
-        )
+    _require_validation(recipe, data)
     if recipe.keep_head:
         _require_classes(found, data)
     prepared = prepare_model(recipe, len(data.classes), found)
@@ -156,13 +165,58 @@ def prepare(
     )
     known = choices if choices is not None or shared is None else shared.choices
     held = {} if shared is None else shared.features
+    _require_same(ranks, data, prepared, device)
     with exhaustion_explained():
-        computing, plan = decide(recipe, data, prepared, cut, views, device, events, known, held)
-    plan = replace(plan, start_seconds=time.perf_counter() - started)
+        computing, plan = decide(recipe, data, prepared, cut, views, device, events, known, held, ranks)
+    _require_same_formats(ranks, computing)
+    plan = ranks.from_first(lambda: replace(plan, start_seconds=time.perf_counter() - started))
     if recipe.budget is not None and choices is None:  # what a resumed run has left, its checkpoint knows
         plan.require_time(recipe.budget)
     events.plan(plan)
-    return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan)
+    return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan, ranks)
+
+
+def settings_of(recipe: Recipe) -> dict[str, object]:
+    """Return the settings that all processes of a run must have alike, by their flags."""
+    return {flag(name): value for name, value in to_table(recipe).items() if name not in (*PLACES, "data")}
+
+
+def _require_same(ranks: Ranks, data: DataSplits, prepared: Prepared, device: torch.device) -> None:
+    """Refuse processes of one run that found different things, and splits that are too small for them.
+
+    Raises:
+        RunError: a process has other data, weights or versions than the first one.
+        UsageError: a split has fewer images than there are processes.
+    """
+    if ranks.alone:
+        return
+    splits = {"training": data.train, "validation": data.val, "test": data.test}
+    require_rows(ranks, {name: len(split or ()) for name, split in splits.items()})
+    facts = {"data": data.sha256, "weights": prepared.sha256}
+    facts |= {f"{name} images": images_sha256(split.images) for name, split in splits.items() if split is not None}
+    ranks.require_same(
+        {
+            **{f"{name} of sha256": str(digest)[:12] for name, digest in facts.items()},
+            "a device of type": device.type,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+    )
+
+
+def _require_same_formats(ranks: Ranks, computing: Computing) -> None:
+    """Refuse processes of one run that would compute in different ways, though the first one chose for all.
+
+    Raises:
+        RunError: a process does not compute as the first one does.
+    """
+    prefix = computing.prefix
+    ranks.require_same(
+        {
+            "for the frozen part": "none" if prefix is None else f"{prefix.choice} ({key_of(prefix.identity)[:12]})",
+            "for training": str(computing.training),
+        }
+    )
 
 
 def read_splits(recipe: Recipe, found: Found, events: Events) -> DataSplits:
@@ -178,6 +232,19 @@ def read_splits(recipe: Recipe, found: Found, events: Events) -> DataSplits:
         seed=recipe.seed,
         progress=events.progress,
     )
+
+
+def _require_validation(recipe: Recipe, data: DataSplits) -> None:
+    """Refuse patience without anything to measure it on.
+
+    Raises:
+        UsageError: there are no validation images.
+    """
+    if recipe.patience and data.val is None:
+        raise UsageError(
+            f"--patience {recipe.patience} needs validation images, and there are none: give --val-fraction 0.1, or "
+            "data with a val/ folder, or leave --patience out."
+        )
 
 
 def _require_classes(found: Found, data: DataSplits) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -48,6 +48,18 @@ class StepMemory:
     fixed: int
     free: int
     shared: bool
+
+    def among(self, processes: int, here: int) -> StepMemory:
+        """Return what several processes need that train together, each with its share of a batch.
+
+        Args:
+            processes: in all.
+            here: on this machine. They share its memory, but each has a GPU's to itself.
+        """
+        if processes == 1:
+            return self
+        sharing = here if self.shared else 1
+        return replace(self, image=self.image * sharing // processes, fixed=self.fixed * sharing)
 
     def left(self, batch: int) -> int | None:
         """Bytes that training leaves for features in memory; None where it does not take from them."""

@@ -14,9 +14,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Rows and the view of each, int64 (B,)."""
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the seed of one epoch: any two (seed, epoch) pairs of a sensible size differ."""
-    return seed * 1_000_003 + epoch
+def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """Return the seed of one epoch in one process: any two (seed, epoch, rank) of a sensible size differ."""
+    return seed * 1_000_003 + epoch + rank * 2**52
 
 
 def epoch_batches(

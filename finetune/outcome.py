@@ -12,21 +12,22 @@ import torch
 from torch import nn
 
 from finetune.compute import Computing
-from finetune.fit import Split
 from finetune.forecast import TRAIN_SAMPLE
 from finetune.images import DataSplits
-from finetune.inference import Source, evaluation_batch, predict, score
+from finetune.inference import evaluation_batch, score
 from finetune.metrics import calibrate, confusion_matrix, is_uneven, mean_recall, top_5_accuracy
 from finetune.models import Prepared
+from finetune.ranks import Ranks
 from finetune.recipe import PLACES, Recipe, to_table
 from finetune.rundir import CONFIG, MODEL
+from finetune.sharing import Split, shared_logits
 from finetune.skipping import Skipping
 from finetune.temperature import NOT_FITTED, Temperature, fit_temperature
 from weights.save import save_checkpoint, write_config
 
 
 def train_figures(
-    module: nn.Module, train: Split, device: torch.device, dtype: torch.dtype, recipe: Recipe
+    module: nn.Module, train: Split, device: torch.device, dtype: torch.dtype, recipe: Recipe, ranks: Ranks
 ) -> dict[str, float]:
     """Return train_accuracy in percent, in eval mode, of up to 10,000 training images drawn by the seed.
 
@@ -34,25 +35,25 @@ def train_figures(
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     rows = torch.randperm(len(train.labels), generator=generator)[:TRAIN_SAMPLE]
-    logits = predict(module, train.source, rows, device, dtype, batch=evaluation_batch(recipe))
+    logits = shared_logits(ranks, module, train, rows, device, dtype, batch=evaluation_batch(recipe))
     return {"train_accuracy": score(logits, train.labels[rows])[1]}
 
 
 def val_temperature(
-    module: nn.Module, val: Split | None, device: torch.device, dtype: torch.dtype, recipe: Recipe
+    module: nn.Module, val: Split | None, device: torch.device, dtype: torch.dtype, recipe: Recipe, ranks: Ranks
 ) -> Temperature:
     """Return the temperature that the validation images ask of the finished model; 1 when there are none."""
     if val is None:
         return NOT_FITTED
     rows = torch.arange(len(val.labels))
-    logits = predict(module, val.source, rows, device, dtype, batch=evaluation_batch(recipe))
+    logits = shared_logits(ranks, module, val, rows, device, dtype, batch=evaluation_batch(recipe))
     return fit_temperature(logits, val.labels)
 
 
-def test_logits(module: nn.Module, source: Source, count: int, device: torch.device, recipe: Recipe) -> torch.Tensor:
+def test_logits(module: nn.Module, test: Split, device: torch.device, recipe: Recipe, ranks: Ranks) -> torch.Tensor:
     """Return logits float32 (N, classes) of the test split; what trained runs in fp32 whatever it trained in."""
-    rows = torch.arange(count)
-    return predict(module, source, rows, device, torch.float32, batch=evaluation_batch(recipe))
+    rows = torch.arange(len(test.labels))
+    return shared_logits(ranks, module, test, rows, device, torch.float32, batch=evaluation_batch(recipe))
 
 
 def test_figures(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> dict[str, float | None]:

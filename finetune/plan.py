@@ -100,6 +100,7 @@ class Plan:
         budget: seconds that the run may take; None is any time.
         images: where images lie that are looked at in every epoch ("device", "pinned" or "ram"), and their bytes; ""
             where features are computed ahead.
+        processes: that share the images, their features, and every batch.
         batch_size: images per step.
         feature_seconds: expected time for features.
         epoch_seconds: expected time of one epoch of training.
@@ -135,6 +136,7 @@ class Plan:
     test_seconds: float = 0.0
     budget: float | None = None
     images: tuple[str, int] = ("", 0)
+    processes: int = 1
 
     @property
     def frozen_share(self) -> float:
@@ -229,6 +231,7 @@ class Plan:
                 "checkpoint": self.disk.checkpoint,
             },
             "batch_size": self.batch_size,
+            "processes": self.processes,
             "budget": self.budget,
             "epochs": self.epochs,
             "start_seconds": round(self.start_seconds, 3),
@@ -252,6 +255,10 @@ class Plan:
         lines.append(f"features: {self.placement.reason}")
         if self.images[0] in ("device", "pinned"):
             lines.append(f"images: {size(self.images[1])} {MEMORIES[self.images[0]]}")
+        if self.processes > 1:
+            lines.append(
+                f"{self.processes} processes, each with its part of the images, and of every batch of {self.batch_size}"
+            )
         if self.window_share < 1:
             lines.append(f"trains on random windows of the feature maps, {100 * self.window_share:.0f} % of their area")
         if self.seen_share < 1:

@@ -43,7 +43,13 @@ NETWORK_EPOCHS = {
 
 OTHER_EPOCHS = 15  # of timm's networks
 
-SCRATCH: dict[str, Any] = {"weights": "none", "train_layers": ("all",), "head_lr_scale": 1.0, "image_size": 32}
+SCRATCH: dict[str, Any] = {
+    "weights": "none",
+    "train_layers": ("all",),
+    "head_lr_scale": 1.0,
+    "image_size": 32,
+    "windows": "off",
+}
 """What every from-scratch run has: nothing is loaded and everything trains, on images of 32 × 32 pixels."""
 
 FAST: dict[str, Any] = {

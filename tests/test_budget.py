@@ -19,7 +19,8 @@ from torch import nn
 from finetune import pipeline
 from finetune.budget import Budget, PacedSchedule
 from finetune.events import Events
-from finetune.fit import Listener, Progress, Split, Trainer, fit, predict
+from finetune.fit import Listener, Progress, Split, Trainer, fit
+from finetune.inference import predict
 from finetune.optim import make_schedule
 from finetune.order import epoch_batches
 from finetune.pipeline import resume, run
@@ -239,8 +240,7 @@ def test_evaluation_that_is_slower_than_planned(
         return predict(*given, **named)
 
     monkeypatch.setattr("finetune.fit.time", SimpleNamespace(perf_counter=clock))
-    for module in ("fit", "outcome"):
-        monkeypatch.setattr(f"finetune.{module}.predict", slow)
+    monkeypatch.setattr("finetune.sharing.predict", slow)
     long = dataclasses.replace(recipe, epochs=40, budget="400s")
     summary = run(long, tmp_path / "run", events=ticking(clock, []))
     assert 250 < summary["seconds"]["total"] <= 400

@@ -21,6 +21,10 @@ IN_SITE = set(load("docs/site/hooks.py").contents(ROOT))
 
 HOSTS = {"github.com", "keepachangelog.com", "semver.org", "www.cs.toronto.edu", "download.pytorch.org"}
 OTHER_TOOLS = {"--editable", "--check", "--logdir"}  # options of pip, ruff and TensorBoard
+OTHER_TOOLS |= {  # of torchrun
+    "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--rdzv-backend", "--no-python",
+    "--max-restarts",
+}  # fmt: skip
 PLACEHOLDERS = r"\b(TODO|FIXME|XXX|TBD|lorem ipsum|coming soon)\b"
 FILLERS = (
     r"\b(simply|easily|seamless(ly)?|leverag(e|es|ing)|blazing(ly)?|powerful|cutting[- ]edge|state[- ]of[- ]the)\b"

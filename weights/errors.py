@@ -20,9 +20,15 @@ from collections.abc import Iterable
 
 
 class FinetuneError(Exception):
-    """Base of all errors meant for the user; `str(error)` is the whole message."""
+    """Base of all errors meant for the user; `str(error)` is the whole message.
+
+    Attributes:
+        exit_code: what the command line ends with.
+        told: whether another process of the same run says it on the same screen.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UsageError(FinetuneError):

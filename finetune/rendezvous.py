@@ -1,0 +1,139 @@
+"""How the processes of a run find each other, and how they part.
+
+torchrun starts them, and `joined` connects them for the length of a run. When one ends with an error, it leaves its
+words in torchrun's store; the others lose the connection to it, find these words, and end with them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import rendezvous  # type: ignore[attr-defined]
+
+from finetune.launch import launched
+from finetune.machine import cores
+from finetune.ranks import ENDED, STEP_TIMEOUT, WAIT_TIMEOUT, Ranks, words
+from weights.errors import FinetuneError, RunError, StoppedError
+
+LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")  # in PyTorch's words for a lost one
+
+_runs = itertools.count()  # of this process: each has keys of its own in the store
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the other processes of a run where torchrun started several, and leave them at its end.
+
+    Raises:
+        RunError: another process ended or cannot be reached.
+    """
+    if not launched():
+        yield Ranks()
+        return
+    ranks = _join()
+    try:
+        yield ranks
+    except BaseException as error:
+        own = explained(ranks, error)
+        if distributed.get_backend() == "gloo":  # nccl would wait for what the others no longer do
+            distributed.destroy_process_group()
+        if own is error:
+            raise
+        raise own from error
+    distributed.destroy_process_group()
+
+
+def _join() -> Ranks:
+    import torch
+
+    rank, size, local, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    _share_cores(local_size)
+    gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    try:
+        everything, _, _ = next(iter(rendezvous("env://", timeout=STEP_TIMEOUT)))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(  # type: ignore[attr-defined]
+            f"finetune/{restart}/{next(_runs)}", everything
+        )
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
+        )
+        patient: Any = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    except RuntimeError as error:
+        raise RunError(
+            f"The {size} processes of this run do not reach each other ({_first_line(error)}); check the address that "
+            "torchrun was given, and whether each machine can open connections to the others."
+        ) from error
+    return Ranks(rank, size, local, local_size, store=store, patient=patient)
+
+
+def _share_cores(processes: int) -> None:
+    """Give each process of this machine its share of the cores, where the user has not said how many.
+
+    torchrun says 1 for a user who has said nothing, so 1 counts as nothing said.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, cores().usable // processes))
+
+
+def explained(ranks: Ranks, error: BaseException) -> BaseException:
+    """Return what to raise for an error of this process, and leave its words to the others.
+
+    A lost connection is no error of this process: it gets the words of the one that ended first, where that left any.
+    So does a stop that torchrun asked for because another process had ended. What another process says on the same
+    screen is marked as told.
+
+    Args:
+        ranks: of this process.
+        error: what ends it.
+    """
+    if _is_lost(error):
+        left = ranks.words_of_another()
+        lost = RunError(
+            left
+            or f"Another process of this run has ended or cannot be reached any more ({_first_line(error)}), so this "
+            f"one ends as well; {ranks.advice}"
+        )
+        machine = os.environ.get("GROUP_RANK", "0")
+        lost.told = not ranks.first if left else _leave(ranks, f"lost/{machine}", "")["rank"] != ranks.rank
+        return lost
+    text = str(error) if isinstance(error, FinetuneError) else f"{type(error).__name__}: {_first_line(error)}"
+    first = _leave(ranks, ENDED, text)
+    if first["rank"] != ranks.rank and isinstance(error, FinetuneError):
+        if first["text"] == text:
+            error.told = True
+        elif text == words(first):
+            error.told = not ranks.first
+        elif isinstance(error, StoppedError):
+            return RunError(words(first))
+    return error
+
+
+def _leave(ranks: Ranks, key: str, text: str) -> dict[str, Any]:
+    """Leave words in the store unless others are there; return those that are, with the rank of who left them."""
+    own = {"rank": ranks.rank, "text": text}
+    if ranks.store is None:
+        return own
+    try:
+        kept: dict[str, Any] = json.loads(ranks.store.compare_set(key, "", json.dumps(own)))
+    except RuntimeError:
+        return own  # torchrun has gone, and its store with it
+    return kept
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error is PyTorch's for another process that is gone; it has no type of its own for that."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
