@@ -96,11 +96,11 @@ def cut_parts(job: Job) -> list[Part]:
 def whole_parts(job: Job) -> list[Part]:
     """Return training and evaluation of a whole model, on images."""
     from finetune.augment import Views
-    from finetune.residency import Images
+    from finetune.residency import ImagePlace
     from finetune.sources import Live
 
     data, dtype = job.data.train, job.computing.training.dtype
-    images = Images("device", job.device)
+    images = ImagePlace("device", job.device)
     views, plain = (
         Live(data, views, job.prepared.preprocessing, None, job.device, dtype, images)
         for views in (job.views, Views("none", 1))

@@ -25,7 +25,7 @@ def list_command(
 ) -> None:
     """List cached features, the most recently used first."""
     from finetune.cache import default_cache_dir, list_entries
-    from finetune.plan import size
+    from finetune.placement import size
 
     folder = cache_dir or default_cache_dir()
     entries = list_entries(folder)
@@ -63,7 +63,7 @@ def _named(about: dict[str, Any]) -> tuple[str, str]:
 def clear_command(cache_dir: Folder = None) -> None:
     """Delete all cached features, except those that a run is writing now, and remembered timings."""
     from finetune.cache import clear, default_cache_dir, list_entries
-    from finetune.plan import size
+    from finetune.placement import size
     from finetune.precision import forget
 
     folder = cache_dir or default_cache_dir()

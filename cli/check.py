@@ -23,7 +23,7 @@ def check_command(
     data: Annotated[
         str,
         typer.Argument(
-            help="cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files or image folders.",
+            help="cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files, image folders or tar shards.",
             show_default=False,
         ),
     ],

@@ -59,7 +59,7 @@ def export_command(
 
 def export_lines(result: Exported) -> list[str]:
     """Return in a few lines what was written and how near it is to the model."""
-    from finetune.plan import size
+    from finetune.placement import size
 
     check, ends = result.agreement, result.gives.name == "probabilities"
     temperature = f"temperature {result.temperature:g} ({'applied' if ends else 'divide logits by it'})"

@@ -26,7 +26,9 @@ PANELS = {
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
         "label_smoothing", "class_weights", "ema", "budget", "patience", "seed",
     ),
-    "Machine": ("device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget", "log"),
+    "Machine": (
+        "device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget", "image_memory", "log",
+    ),
 }  # fmt: skip
 
 Config = Annotated[

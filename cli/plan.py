@@ -49,7 +49,7 @@ def plan_command(
 
 def print_plan(plan: Plan) -> None:
     """Print a plan: what trains, how it is computed, where features go, and the time of each phase."""
-    from finetune.plan import size
+    from finetune.placement import size
 
     train, val, test = plan.counts
     title = f"{plan.arch} at {plan.image_size} × {plan.image_size} pixels"
@@ -64,6 +64,7 @@ def print_plan(plan: Plan) -> None:
         f"device          {plan.device}",
         f"training        {_told(plan.training)}",
         *([f"frozen part     {_told(plan.prefix)}"] if plan.prefix else []),
+        *([f"images          {plan.streamed()}"] if plan.streaming else []),
         f"features        {plan.placement.reason}",
     ]
     if plan.placement.on_disk:

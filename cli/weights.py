@@ -26,7 +26,7 @@ def list_command(weights_dir: Folder = None, as_json: AsJson = False) -> None:
 
     Of the caches only files that timm knows are listed. A sha256 that is recorded nowhere is computed.
     """
-    from finetune.plan import size
+    from finetune.placement import size
     from weights.inventory import searched_places, weight_files
 
     files = weight_files(weights_dir)
@@ -56,7 +56,7 @@ def fetch_command(
 
     Example: finetune weights fetch resnet50.a1_in1k --weights-dir models
     """
-    from finetune.plan import size
+    from finetune.placement import size
     from weights.arch import resolve_arch
     from weights.keep import fetch
     from weights.verify import tensor_count
@@ -118,7 +118,7 @@ def convert_command(
 
     Example: finetune weights convert checkpoint.pth.tar --output resnet18.safetensors
     """
-    from finetune.plan import size
+    from finetune.placement import size
     from weights.keep import convert
     from weights.verify import tensor_count
 

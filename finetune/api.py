@@ -64,6 +64,7 @@ class BaselineSettings(TypedDict, total=False):
     cache_dir: str | Path | None
     cache_limit: str
     memory_budget: str | None
+    image_memory: str | None
     log: str
 
 

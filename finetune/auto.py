@@ -2,7 +2,7 @@
 
 Once features are cached, a stage of convolutions that starts from random values and trains for long is where the time
 goes. Muon moves such a stage much further in an epoch than SGD does. What it gains pays for cheaper epochs: on random
-windows of the feature maps, and on fewer of the easy images. docs/decisions/0010 has the measurements.
+windows of the feature maps, and on fewer of the easy images. docs/decisions/0012 has the measurements.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from finetune.layers import Selection
 from finetune.recipe import AUTO, Recipe
 
-LONG = 200_000  # images in all epochs together; 240,000 and 400,000 were measured (docs/decisions/0010), fewer were not
+LONG = 200_000  # images in all epochs together; 240,000 and 400,000 were measured (docs/decisions/0012), fewer were not
 BATCH = 384  # Muon's products cost the same for a batch of any size, so small ones cost most
 SKIPPED = 0.6  # a tenth more than InfoBatch takes (Qin et al. 2024, section 4.1); measured with the rest
 

@@ -17,8 +17,8 @@ from weights.errors import RunError, UsageError
 
 # Settings that say where and how fast, not what was learned: a difference in them explains no accuracy.
 PLACES = (
-    "data", "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device",
-    "hold_test", "log",
+    "data", "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "image_memory",
+    "device", "hold_test", "log",
 )  # fmt: skip
 
 

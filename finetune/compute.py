@@ -23,12 +23,13 @@ from finetune.images import DataSplits, ImageSet
 from finetune.machine import find_compiler, free_memory
 from finetune.memory import StepMemory, gpu_room, step_memory
 from finetune.models import Prepared
-from finetune.plan import MEMORIES, MEMORY_SHARE, Placement, Plan, memory_for, place, size
+from finetune.placement import MEMORIES, MEMORY_SHARE, Placement, memory_for, place, size
+from finetune.plan import Plan
 from finetune.precision import DTYPES, Choice, choose, compile_module, largest_that_runs, remembered
 from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prefix_batch, prepare_prefix
 from finetune.ranks import Ranks
 from finetune.recipe import Recipe, parse_bytes
-from finetune.residency import Images
+from finetune.residency import ImagePlace, place_images
 from finetune.sharing import own_block
 from finetune.skipping import Skipping
 from finetune.sources import FeatureBuilder
@@ -59,7 +60,7 @@ class Computing:
     windows: Windows | None = None
     left: int | None = None
     held: Mapping[str, list[torch.Tensor]] = field(default_factory=dict)
-    images: Images | None = None
+    images: ImagePlace | None = None
     smaller: int | None = None
 
     @property
@@ -125,13 +126,7 @@ def decide(
     only = replace(recipe, precision=fitting[0]) if len(fitting) == 1 else recipe  # no timing of what cannot be
     counts = (len(data.train), len(data.val or ()), len(data.test or ()))
     rows = (counts[0] * views.count + counts[1] + counts[2]) // ranks.size
-    prefix = None
-    if cut.prefix is not None:
-        step = prefix_batch(device)
-        sample = data.train.images[:step]
-        prefix = prepare_prefix(
-            cut, prepared.preprocessing, sample, device, lambda build: pick("prefix", build, step, rows)
-        )
+    prefix = _prepare_prefix(cut, prepared, data.train, device, pick, rows)
     windows = choose_windows(recipe, [row.shape for row in prefix.prefix.rows] if prefix else [], cut.suffix)
     only = only if ranks.alone else replace(only, compile="off")
     pick_training = _picker(only, prepared, device, events, choices, ranks)
@@ -144,10 +139,10 @@ def decide(
     if prefix is None:
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
     placement = ranks.from_first(lambda: placement)
-    where, seen = ranks.from_first(lambda: _place_images(data, placement, room))
+    where, seen = ranks.from_first(lambda: place_images(data, placement, room))
     taken = {placement.where: placement.bytes, where: seen}.get("device", 0)
     smaller = None if room is None else memory.smaller(batch, taken)
-    computing = Computing(prefix, training, placement, windows, left, held, Images(where, device), smaller)
+    computing = Computing(prefix, training, placement, windows, left, held, ImagePlace(where, device), smaller)
     folder, seats = cache_folder(recipe), (where, seen)
     plan = make_plan(
         recipe, data, prepared, cut, computing, device, missing, on_disk, folder, seats, processes=ranks.size
@@ -155,12 +150,15 @@ def decide(
     return computing, plan
 
 
-def _place_images(data: DataSplits, placement: Placement, room: int | None) -> tuple[str, int]:
-    """Return where images lie that every epoch looks at, and their bytes; ("", 0) where it looks at features."""
-    if placement.ahead:
-        return "", 0
-    count = sum(split.images.nbytes for split in (data.train, data.val, data.test) if split is not None)
-    return memory_for(count, count, room), count
+def _prepare_prefix(
+    cut: Cut, prepared: Prepared, train: ImageSet, device: torch.device, pick: Callable[..., Choice], rows: int
+) -> PreparedPrefix | None:
+    """Return the frozen part, ready for `rows` images in all; None where there is none."""
+    if cut.prefix is None:
+        return None
+    step = prefix_batch(device)
+    few = train.images[:step]
+    return prepare_prefix(cut, prepared.preprocessing, few, device, lambda build: pick("prefix", build, step, rows))
 
 
 def _room(

@@ -1,9 +1,9 @@
-"""From the text of `--data` to images in memory, split and ready for a run.
+"""From the text of `--data` to images, split and ready for a run.
 
 cifar10, cifar100       looked up in --data-dir, $FINETUNE_DATA, ./data and the cache, else downloaded
 shapes10, shapes100     drawn by the program
 anything else           a path: CIFAR pickles, CIFAR binary, a .tar.gz of either, the folder that holds exactly one
-                        of these, or an image folder
+                        of these, an image folder, or WebDataset shards
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from finetune.cifar import (
     read_cifar,
 )
 from finetune.downloads import data_cache, download_cifar, not_found
-from finetune.folder import has_classes, has_splits, read_folder
+from finetune.folder import has_classes, has_splits, read_folder, subfolders
 from finetune.images import DataSplits, Progress, RawData, first_few
+from finetune.samples import read_shards
 from finetune.shapes import SHAPES, draw_shapes
+from finetune.shards import ShardSet, find_shards
 from finetune.splits import check_settings, make_splits
 from weights.errors import DataError, UsageError, near_matches
 
@@ -47,6 +49,7 @@ def load_data(
     data_dir: Path | None = None,
     labels: str = "fine",
     image_size: int = 224,
+    image_memory: int | None = None,
     val_fraction: float = 0.1,
     limit: int | None = None,
     shots: int | None = None,
@@ -60,7 +63,8 @@ def load_data(
         data: a name of `DATA_NAMES` or a path. A name wins over a file of that name; `./cifar100` is a path.
         data_dir: searched first for CIFAR by name.
         labels: `fine`, or `coarse` for CIFAR-100's superclasses.
-        image_size: side to which folders of images are decoded; other data keep their size.
+        image_size: side to which images of folders and shards are decoded; other data keep their size.
+        image_memory: bytes that these decoded images may take; more is streamed. None is most of what is free.
         val_fraction: share of the training images held out for validation, unless the data bring a validation split.
         limit: how many training images to keep, stratified, after the validation images are taken; None for all.
         shots: how many training images of every class to keep, of those within the limit; None for all.
@@ -76,7 +80,15 @@ def load_data(
         DataError: data that are missing, damaged or not what they seem.
     """
     check_settings(val_fraction=val_fraction, limit=limit)
-    raw = read_data(data, data_dir=data_dir, labels=labels, image_size=image_size, progress=progress, download=download)
+    raw = read_data(
+        data,
+        data_dir=data_dir,
+        labels=labels,
+        image_size=image_size,
+        image_memory=image_memory,
+        progress=progress,
+        download=download,
+    )
     return make_splits(raw, val_fraction=val_fraction, limit=limit, shots=shots, seed=seed)
 
 
@@ -86,6 +98,7 @@ def read_data(
     data_dir: Path | None = None,
     labels: str = "fine",
     image_size: int = 224,
+    image_memory: int | None = None,
     progress: Progress | None = None,
     download: bool = True,
 ) -> RawData:
@@ -95,7 +108,12 @@ def read_data(
     if image_size < 1:
         raise UsageError(f"--image-size is {image_size}; expected at least 1 pixel.")
     try:
-        return _read(data, data_dir, labels, image_size, progress, download)
+        found = find_data(data, data_dir=data_dir, labels=labels, download=download)
+        if isinstance(found, ShardSet):
+            return read_shards(found, image_size=image_size, memory=image_memory, progress=progress)
+        if isinstance(found, Path):
+            return read_folder(found, image_size=image_size, memory=image_memory, progress=progress)
+        return read_set(found, labels=labels, progress=progress)
     except OSError as error:  # a folder without permission, a disk that fails
         raise cannot_read(data, error) from error
 
@@ -112,20 +130,9 @@ def require_data(data: str, *, labels: str = "fine") -> None:
         raise cannot_read(data, error) from error
 
 
-def _read(
-    data: str, data_dir: Path | None, labels: str, image_size: int, progress: Progress | None, download: bool
-) -> RawData:
-    found = find_data(data, data_dir=data_dir, labels=labels, download=download)
-    return (
-        read_folder(found, image_size=image_size, progress=progress)
-        if isinstance(found, Path)
-        else read_set(found, labels=labels, progress=progress)
-    )
-
-
 def find_data(
     data: str, *, data_dir: Path | None = None, labels: str = "fine", download: bool = True
-) -> CifarFiles | Path | str:
+) -> CifarFiles | ShardSet | Path | str:
     """Find what `--data` names, without reading it.
 
     Args:
@@ -135,7 +142,7 @@ def find_data(
         download: as for `load_data`.
 
     Returns:
-        CIFAR files, the root of an image folder, or the name of a set that the program draws.
+        CIFAR files, shards, the root of an image folder, or the name of a set that the program draws.
 
     Raises:
         UsageError, DataError: as for `load_data`.
@@ -155,7 +162,7 @@ def find_data(
             raise UsageError(f"--data {data!r} is neither a path that exists nor one of {known}{near or '.'}")
         raise DataError(f"There is nothing at {path}; expected a data set (or one of {', '.join(DATA_NAMES)}).")
     found = _at_path(path)
-    if isinstance(found, Path):
+    if isinstance(found, Path | ShardSet):
         _refuse_coarse(labels, str(path))
     return found
 
@@ -176,13 +183,16 @@ def _refuse_coarse(labels: str, data: str) -> None:
         raise UsageError(f"--labels coarse needs CIFAR-100, but {data} has no coarse labels.")
 
 
-def _at_path(path: Path) -> CifarFiles | Path:
-    """Return what lies at a path: CIFAR files, or the root of an image folder."""
+def _at_path(path: Path) -> CifarFiles | ShardSet | Path:
+    """Return what lies at a path: CIFAR files, shards, or the root of an image folder."""
     if path.is_file():
         if _is_archive(path):
             return cifar_archive(path)
+        if (shard := find_shards(path)) is not None:
+            return shard
         raise DataError(
-            f"{path} is a file; expected a folder (of CIFAR files, or of images by class) or a CIFAR .tar.gz archive."
+            f"{path} is a file; expected a folder (of CIFAR files, of images by class, or of shards), a CIFAR .tar.gz "
+            "archive, or a .tar shard."
         )
     here = cifar_folder(path)
     if here is not None:
@@ -195,11 +205,22 @@ def _at_path(path: Path) -> CifarFiles | Path:
             return found
     if has_splits(path) or has_classes(path):
         return path
+    if (shards := find_shards(path) or _shards_below(path)) is not None:
+        return shards
     entries = sorted(entry.name for entry in path.iterdir())
     raise DataError(
-        f"{path} holds {first_few(entries) or 'nothing'}; expected CIFAR files, a CIFAR .tar.gz, or a folder of images "
-        "for each class."
+        f"{path} holds {first_few(entries) or 'nothing'}; expected CIFAR files, a CIFAR .tar.gz, a folder of images "
+        "for each class, or .tar shards."
     )
+
+
+def _shards_below(parent: Path) -> ShardSet | None:
+    """Return the one folder of shards right below a folder; None where there is none."""
+    found = [shards for folder in sorted(subfolders(parent)) if (shards := find_shards(folder)) is not None]
+    if not found:
+        return None
+    _only([shards.root for shards in found], parent, "give --data the path of one")
+    return found[0]
 
 
 def _data_sets_in(parent: Path, kind: Kind | None = None) -> list[Path]:

@@ -1,13 +1,14 @@
-"""Image files to one uint8 array: decoded once, in parallel, at the size that training uses.
+"""Image files to uint8 squares: decoded in parallel, at the size that training uses.
 
 Legend: N images, C = 3 channels (RGB), side S.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +18,19 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from finetune.images import Progress
-from finetune.machine import free_memory
+from finetune.tar import Member
 from weights.errors import DataError
+
+ImageFile = Path | Member
+"""A file, or one within a shard."""
+
+Receiver = Callable[[int, NDArray[np.uint8]], object]
 
 CHUNK = 32
 """Images that a thread decodes between two reports of progress."""
 
 SAMPLE = 32
 """Images looked at before decoding, to guess whether all share one size."""
-
-HEADROOM = 0.9
-"""Share of the free memory that the decoded images may take."""
 
 NAMED = 3
 """Unreadable files that an error names; the rest are counted."""
@@ -51,46 +54,54 @@ the EXIF anew and fails on photos whose other tags are odd."""
 
 @dataclass
 class _Outcome:
-    """What became of a chunk: files that could not be read (with the reason), and whether another size turned up."""
+    """What became of a chunk: places of unreadable files with the reason, and whether another size turned up."""
 
-    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
     other_size: bool = False
 
 
-def decode_files(files: Sequence[Path], image_size: int, progress: Progress | None = None) -> NDArray[np.uint8]:
-    """Decode image files to squares of one size.
+def open_image(file: ImageFile) -> Image.Image:
+    """Open an image file, or one within a shard; pixels are not read yet."""
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file.read()))
+
+
+def decode_files(
+    files: Sequence[ImageFile],
+    image_size: int,
+    receiver: Callable[[int, bool], Receiver],
+    progress: Progress | None = None,
+) -> None:
+    """Decode image files to squares of one size, and hand each on as soon as it is there.
 
     The shorter side of every image becomes `image_size` and the centre square is kept. Images that all share one
     shorter side of no more than `image_size` keep it. One image of another size changes that for all, and decoding
     starts again.
 
     Args:
-        files: at least one path.
+        files: at least one.
         image_size: side of the squares, at most.
+        receiver: called as receiver(side, resize) before decoding begins, and again when it starts again. What it
+            returns is given the place of each image in `files` and its square, uint8 (3, S, S), by any thread.
         progress: called as progress("decode", done, total).
 
-    Returns:
-        uint8 (N, 3, S, S), in the order of `files`.
-
     Raises:
-        DataError: images that cannot be read (the first few are named), or that do not fit in memory.
+        DataError: images that cannot be read (the first few are named).
     """
     shared = _shared_side(files)
-    if shared is not None and shared <= image_size:
-        pixels = _decode_all(files, shared, resize=False, progress=progress)
-        if pixels is not None:
-            return pixels
-    pixels = _decode_all(files, image_size, resize=True, progress=progress)
-    if pixels is None:
+    kept = (
+        shared is not None
+        and shared <= image_size
+        and _decode_all(files, shared, receiver(shared, False), resize=False, progress=progress)
+    )
+    if not kept and not _decode_all(files, image_size, receiver(image_size, True), resize=True, progress=progress):
         raise RuntimeError("resized images differ in size")  # cannot happen: every image is resized to one side
-    return pixels
 
 
-def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.uint8] | None:
+def decode_image(file: ImageFile, side: int, *, resize: bool = True) -> NDArray[np.uint8] | None:
     """Decode one image file to a square.
 
     Args:
-        path: the file.
+        file: a path, or a file within a shard.
         side: side of the square, S.
         resize: bring the shorter side to S; without it, an image whose shorter side is not S gives None.
 
@@ -101,7 +112,7 @@ def decode_image(path: Path, side: int, *, resize: bool = True) -> NDArray[np.ui
         OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read.
         Image.DecompressionBombError: more than twice the pixels of Pillow's limit.
     """
-    with Image.open(path) as opened:
+    with open_image(file) as opened:
         if not resize and min(opened.size) != side:
             return None
         if resize:
@@ -159,14 +170,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _shared_side(files: Sequence[Path]) -> int | None:
+def _shared_side(files: Sequence[ImageFile]) -> int | None:
     """Return the shorter side that a sample of the images share, or None when they differ or cannot be opened."""
     sides = set()
     with warnings.catch_warnings():
         set_warnings()
         for index in np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).astype(int).tolist():
             try:
-                with Image.open(files[index]) as image:
+                with open_image(files[index]) as image:
                     sides.add(min(image.size))
             except Exception:  # decoding meets the file again, and says what is wrong with it
                 continue
@@ -174,13 +185,12 @@ def _shared_side(files: Sequence[Path]) -> int | None:
 
 
 def _decode_all(
-    files: Sequence[Path], side: int, *, resize: bool, progress: Progress | None
-) -> NDArray[np.uint8] | None:
-    """Decode every file at one side, or return None when, without resizing, one has another size.
+    files: Sequence[ImageFile], side: int, receive: Receiver, *, resize: bool, progress: Progress | None
+) -> bool:
+    """Decode every file at one side; return False when, without resizing, one has another size.
 
     Whatever `progress` raises ends the decoding: chunks that no thread has begun are dropped.
     """
-    pixels = _room(len(files), side)
 
     def decode_chunk(start: int) -> _Outcome:
         outcome = _Outcome()
@@ -188,15 +198,15 @@ def _decode_all(
             try:
                 image = decode_image(files[index], side, resize=resize)
             except Exception as error:  # damaged bytes can make Pillow's readers raise nearly anything
-                outcome.unreadable.append((files[index], reason_of(files[index], error)))
+                outcome.unreadable.append((index, reason_of(files[index], error)))
                 continue
             if image is None:
                 outcome.other_size = True
                 break
-            pixels[index] = image
+            receive(index, image)
         return outcome
 
-    unreadable: list[tuple[Path, str]] = []
+    unreadable: list[tuple[int, str]] = []
     done = 0
     # Filters are set here and not in the threads, where they would overwrite each other.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -206,7 +216,7 @@ def _decode_all(
             for future in as_completed(futures):
                 outcome = future.result()
                 if outcome.other_size:
-                    return None
+                    return False
                 unreadable += outcome.unreadable
                 done += min(CHUNK, len(files) - futures[future])
                 if progress is not None:
@@ -215,12 +225,12 @@ def _decode_all(
             pool.shutdown(wait=True, cancel_futures=True)
     if unreadable:
         unreadable.sort()
-        named = ", ".join(f"{path} ({reason})" for path, reason in unreadable[:NAMED])
+        named = ", ".join(f"{files[index]} ({reason})" for index, reason in unreadable[:NAMED])
         more = f" and {len(unreadable) - NAMED:,} more" if len(unreadable) > NAMED else ""
         raise DataError(
             f"{len(unreadable):,} of {len(files):,} images cannot be read: {named}{more}; replace or remove them."
         )
-    return pixels
+    return True
 
 
 def set_warnings() -> None:
@@ -229,28 +239,14 @@ def set_warnings() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def reason_of(path: Path, error: BaseException) -> str:
+def reason_of(file: ImageFile, error: BaseException) -> str:
     """Return in a few words why a file could not be decoded."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS or 0:,} pixels: a photo has to be scaled down"
-    if path.is_file() and path.stat().st_size == 0:
+    if (file.is_file() and file.stat().st_size == 0) if isinstance(file, Path) else not file.size:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # the whole text would name the file a second time
     return str(error) or type(error).__name__
-
-
-def _room(count: int, side: int) -> NDArray[np.uint8]:
-    """Allocate uint8 (count, 3, side, side), or say that there is no room for it.
-
-    Twice, because dividing a set into splits copies its images once.
-    """
-    needed, free = 2 * count * 3 * side * side, free_memory()
-    if needed > HEADROOM * free:
-        raise DataError(
-            f"{count:,} images of {side} x {side} pixels need {needed / 2**30:.1f} GiB of memory and "
-            f"{free / 2**30:.1f} GiB are free; give a smaller --image-size or fewer images."
-        )
-    return np.empty((count, 3, side, side), dtype=np.uint8)

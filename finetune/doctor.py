@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from finetune.facts import THREAD_VARIABLES, Facts
 from finetune.installed import DISTRIBUTION, Package, in_range
 from finetune.machine import BF16_UNITS
-from finetune.plan import DISK_RESERVE, size
+from finetune.placement import DISK_RESERVE, size
 from finetune.storage import Folder
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"

@@ -5,7 +5,6 @@ Legend: N images.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from finetune.events import Events
 from finetune.images import DataSplits, ImageSet, RawData, first_few
 from finetune.recipe import Recipe, read_toml
 from finetune.rundir import RECIPE
-from finetune.splits import make_splits
+from finetune.splits import make_splits, pixel_digests
 from finetune.trained import Trained
 from weights.errors import DataError, UsageError
 
@@ -152,10 +151,5 @@ def _with_labels_of(
 
 def repeated_images(images: ImageSet, learned: ImageSet) -> torch.Tensor:
     """Return bool (N,): which images have the same pixels as an image that was there to learn from."""
-    seen = set(_pixel_digests(learned))
-    return torch.tensor([digest in seen for digest in _pixel_digests(images)], dtype=torch.bool)
-
-
-def _pixel_digests(images: ImageSet) -> list[bytes]:
-    rows = images.images.reshape(len(images), -1).contiguous().numpy()  # (N, C*H*W), one size in all splits
-    return [hashlib.sha256(row).digest() for row in rows]
+    seen = set(pixel_digests(learned.images))
+    return torch.tensor([digest in seen for digest in pixel_digests(images.images)], dtype=torch.bool)

@@ -21,7 +21,7 @@ from finetune.device import pick_device, settle
 from finetune.eval_data import SPLITS, choose_images, repeated_images
 from finetune.events import Events
 from finetune.images import ImageSet
-from finetune.inference import Source, evaluation_batch, lies_on_device, predict, score
+from finetune.inference import evaluation_batch, lies_on_device, predict, score
 from finetune.layers import freeze, select_layers
 from finetune.metrics import (
     calibrate,
@@ -209,7 +209,7 @@ def _asked(dtype: torch.dtype) -> Callable[[Any], Choice]:
 class _Counted:
     """A source that tells how far it has come."""
 
-    def __init__(self, source: Source, total: int, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, source: Live, total: int, progress: Callable[[str, int, int], None]) -> None:
         self.source, self.total, self.progress, self.done = source, total, progress, 0
         self.on_device = lies_on_device(source)
 
@@ -218,3 +218,6 @@ class _Counted:
         self.done += len(rows)
         self.progress("evaluating", self.done, self.total)
         return batch
+
+    def expect(self, *batches: torch.Tensor) -> None:
+        self.source.expect(*batches)

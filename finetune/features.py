@@ -20,6 +20,7 @@ from finetune.augment import Preprocessing, Views
 from finetune.cache import Entry
 from finetune.images import ImageSet, Progress
 from finetune.residency import Store
+from finetune.stream import blocks
 
 READ_AHEAD = 2  # chunks: checking one keeps a core busy, and there are two at least
 Run = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -189,9 +190,13 @@ def compute_view(
 
 def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
     """Return the stored crossing tensors of one view of the images from `start` to before `stop`, on the device."""
-    rows = torch.arange(start, stop)
-    images = data.images[start:stop].to(prefix.device, non_blocking=True)
-    return [to_stored(value) for value in prefix(views.apply(images, rows, torch.full_like(rows, view)))]
+    parts, low = [], start
+    for images in blocks(data.images, start, stop, prefix.batch):
+        rows = torch.arange(low, low + len(images))
+        low += len(images)
+        seen = views.apply(images.to(prefix.device, non_blocking=True), rows, torch.full_like(rows, view))
+        parts.append([to_stored(value) for value in prefix(seen)])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 class Progressing:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.budget import Budget, PacedSchedule
-from finetune.inference import autocast, cast, evaluation_batch, lies_on_device, score
+from finetune.inference import announced, autocast, cast, evaluation_batch, lies_on_device, score
 from finetune.optim import make_optimizer, make_schedule, update_average
-from finetune.order import epoch_batches, epoch_seed, on_both
+from finetune.order import Batch, epoch_batches, epoch_seed, on_both
 from finetune.ranks import Ranks
 from finetune.recipe import Recipe
 from finetune.residency import send
@@ -193,18 +193,17 @@ class Trainer:
         """
         self.suffix.train()
         torch.manual_seed(epoch_seed(self.recipe.seed, epoch, self.ranks.rank))
-        # Apple GPUs have no float64. What is counted are images, as often as their losses count.
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # Apple GPUs have no float64
         # The last one counts images as often as their losses count.
         losses, correct, counted = (torch.zeros((), device=self.device, dtype=exact) for _ in range(3))
         kept, weights = self._skipped(epoch)
         batches, before = self.batches[epoch], sum(self.batches[:epoch])
         labels, corners = send(split.labels, self.device), self._corners(epoch)  # once: no step waits for a GPU
         lr, seen = 0.0, 0
-        planned = epoch_batches(self.images, batches, split.views, epoch, self.recipe, kept)
-        parts = parts_of(self.ranks, planned, split.own)
-        places = on_both([(part.rows, part.views) for part in parts], self.device)
-        for done, (part, (here, (rows, views))) in enumerate(zip(parts, places, strict=True)):
+        parts = parts_of(self.ranks, self._planned(split, epoch, kept), split.own)
+        own = [(part.rows, part.views) for part in parts]
+        placed = zip(parts, announced(split.source, own), on_both(own, self.device), strict=True)
+        for done, (part, here, (_, (rows, views))) in enumerate(placed):
             if stop():
                 return None
             lr = self.optimizer.param_groups[0]["lr"]
@@ -234,6 +233,10 @@ class Trainer:
             "lr": lr,
             "images": seen,
         }
+
+    def _planned(self, split: Split, epoch: int, kept: torch.Tensor | None) -> Iterable[Batch]:
+        """Return the epoch's batches, of the images in bool (N,) `kept`, or of all."""
+        return epoch_batches(self.images, self.batches[epoch], split.views, epoch, self.recipe, kept)
 
     def _skipped(self, epoch: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return `Skipping.choose`'s choice: which images to visit, on the CPU, and their weights, on the device."""

@@ -22,10 +22,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
-from finetune.decode import decode_files
-from finetune.images import ImageSet, Progress, RawData, first_few
+from finetune.images import Progress, RawData, first_few
+from finetune.stream import load_splits
 from weights.errors import DataError, near_matches
 
 IMAGE_SUFFIXES = frozenset(
@@ -79,12 +77,13 @@ def has_classes(root: Path) -> bool:
     return any(is_image(file) for folder in subfolders(root) for file in walk(folder))
 
 
-def read_folder(root: Path, *, image_size: int, progress: Progress | None = None) -> RawData:
+def read_folder(root: Path, *, image_size: int, memory: int | None = None, progress: Progress | None = None) -> RawData:
     """Read an image folder, decoded to uint8.
 
     Args:
         root: holds train/ (and val/ and test/, by any of `SPLIT_NAMES`), or one folder for each class.
         image_size: side of the decoded squares; smaller when all images share a smaller shorter side.
+        memory: as for `load_splits`.
         progress: called as progress("decode", done, total).
 
     Returns:
@@ -92,21 +91,15 @@ def read_folder(root: Path, *, image_size: int, progress: Progress | None = None
 
     Raises:
         DataError: fewer than two classes, a class without images, a class that train does not have, or images that
-            cannot be read or do not fit in memory.
+            cannot be read.
         OSError: a folder that cannot be listed.
     """
     places = find_places(root)
     classes = class_names(places["train"])
     listings = {split: _list_split(place, classes, split) for split, place in places.items()}
 
-    files = [file for listing in listings.values() for file in listing.files]
-    pixels = torch.from_numpy(decode_files(files, image_size, progress))
-    sets: dict[str, ImageSet] = {}
-    start = 0
-    for split, listing in listings.items():
-        end = start + len(listing.files)
-        sets[split] = ImageSet(pixels[start:end], torch.tensor(listing.labels, dtype=torch.int64), classes)
-        start = end
+    parts = {split: (listing.files, listing.labels) for split, listing in listings.items()}
+    sets = load_splits(parts, classes, image_size=image_size, memory=memory, progress=progress)
     name = root.resolve().name or "folder"
     pile = places["train"] == root
     notes = _passed_over(root, list(listings.values()))

@@ -13,9 +13,11 @@ from finetune.device import device_name
 from finetune.images import DataSplits
 from finetune.memory import optimizer_states
 from finetune.models import Prepared
-from finetune.plan import Disk, Plan, free_disk
+from finetune.placement import free_disk
+from finetune.plan import Disk, Plan, Streaming
 from finetune.recipe import Recipe, parse_seconds
 from finetune.skipping import Skipping
+from finetune.stream import Streamed
 
 if TYPE_CHECKING:
     from finetune.compute import Computing
@@ -52,6 +54,7 @@ def make_plan(
         images: where images lie that every epoch looks at, and their bytes.
         processes: that share the work.
     """
+    streaming = _streaming(data)
     return Plan(
         arch=prepared.arch.full_name,
         image_size=prepared.preprocessing.size,
@@ -74,30 +77,45 @@ def make_plan(
         batch_size=recipe.batch_size or 1,
         images=images,
         processes=processes,
-        **_seconds(recipe, data, computing, missing, processes),
+        streaming=streaming,
+        **_seconds(recipe, data, computing, missing, processes, 0.0 if streaming is None else 1 / streaming.rate),
     )
 
 
+def _streaming(data: DataSplits) -> Streaming | None:
+    images = data.train.images
+    if not isinstance(images, Streamed):
+        return None
+    return Streaming(images.decoder.bytes, images.decoder.memory, images.decoder.rate)
+
+
 def _seconds(
-    recipe: Recipe, data: DataSplits, computing: Computing, missing: tuple[int, int], processes: int
+    recipe: Recipe, data: DataSplits, computing: Computing, missing: tuple[int, int], processes: int, decoding: float
 ) -> dict[str, float]:
-    """Return the expected time of each phase, by the plan's names, as if processes did not disturb each other."""
+    """Return the expected time of each phase, by the plan's names; `decoding` an image takes where it is streamed.
+
+    Images are decoded ahead, but by the cores that compute, so both times count. A GPU may be faster than this.
+    Processes are taken not to disturb each other.
+    """
     counts = tuple(len(split or ()) / processes for split in (data.train, data.val, data.test))
     prefix_rate = computing.prefix.choice.rate if computing.prefix else 0.0
     test_rate = computing.prefix.for_test.choice.rate or prefix_rate if computing.prefix else 0.0
     live = computing.placement.where == "off"
     train_rate = computing.training.rate
     share = computing.windows.cost if computing.windows else 1.0
-    per_image = share / train_rate + (1 / prefix_rate if live else 0.0)
-    eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + (1 / prefix_rate if live else 0.0)
+    uncut = computing.placement.where == "uncut"
+    before = (1 / prefix_rate if live else 0.0) + (decoding if live or uncut else 0.0)  # of each image in each epoch
+    per_image = share / train_rate + before
+    eval_image = 1 / (EVALUATION_SPEEDUP * train_rate) + before
     exact_rate = computing.training.exact_rate or train_rate  # the test runs in fp32
     test_image = 1 / (EVALUATION_SPEEDUP * exact_rate) + (1 / test_rate if live else 0.0)
+    test_image += decoding if live or uncut else 0.0
     # Validation images are looked at once more at the end, for the temperature.
     test_seconds = counts[2] * test_image + (min(TRAIN_SAMPLE / processes, counts[0]) + counts[1]) * eval_image
     cached = not live and prefix_rate > 0
-    test_features = missing[1] / test_rate if cached else 0.0
+    test_features = missing[1] * (1 / test_rate + decoding) if cached else 0.0
     return {
-        "feature_seconds": missing[0] / prefix_rate + test_features if cached else 0.0,
+        "feature_seconds": missing[0] * (1 / prefix_rate + decoding) + test_features if cached else 0.0,
         "epoch_seconds": counts[0] * _seen_share(recipe, len(data.train)) * per_image,
         "eval_seconds": (recipe.epochs or 1) * counts[1] * eval_image + test_seconds,
         "test_feature_seconds": test_features,

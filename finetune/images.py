@@ -1,17 +1,32 @@
-"""Sets of images in memory: what every part of the project passes around as data.
+"""Sets of images: what every part of the project passes around as data.
 
-Legend: N images, C = 3 channels (RGB), H and W pixels. Images stay uint8 until they are on the device.
+Legend: N images, C = 3 channels (RGB), H and W pixels. Images stay uint8 until they are on the device. They are a
+tensor in memory or, where they do not fit, a `finetune.stream.Streamed`, which decodes the rows that are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) while something long goes on; total is 0 when it is not known."""
+
+
+class Images(Protocol):
+    """What is asked of images uint8 (N, 3, H, W): a tensor answers it, and so do images that are decoded as wanted."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, 3, H, W)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | torch.Tensor, /) -> torch.Tensor:
+        """Return images uint8 (B, 3, H, W) of a slice, or of int64 (B,) rows."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +39,7 @@ class ImageSet:
         classes: class names, the same tuple in every split of a data set.
     """
 
-    images: torch.Tensor
+    images: Images
     labels: torch.Tensor
     classes: tuple[str, ...]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -25,6 +26,30 @@ class Source(Protocol):
 def lies_on_device(source: Source) -> bool:
     """Whether a source wants its rows and views on the device; others want them on the host."""
     return bool(getattr(source, "on_device", False))
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can begin with batches before they are asked for."""
+
+    def expect(self, *batches: torch.Tensor) -> None:
+        """Begin with int64 (B,) rows of the coming batches, the first of which is asked for next."""
+
+
+def announced(
+    source: Source, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of (rows, views) unchanged; before each, a source that reads ahead is told of it and the next."""
+    if not isinstance(source, ReadsAhead):
+        yield from batches
+        return
+    remaining = iter(batches)
+    batch = next(remaining, None)
+    while batch is not None:
+        following = next(remaining, None)
+        source.expect(batch[0], *([] if following is None else [following[0]]))
+        yield batch
+        batch = following
 
 
 def evaluation_batch(recipe: Recipe) -> int:
@@ -53,8 +78,8 @@ def predict(
     finished: list[torch.Tensor] = []
     rows = send(rows, device) if lies_on_device(source) else rows
     with torch.no_grad():
-        for part in rows.split(batch):
-            inputs = cast(source.take(part, torch.zeros_like(part)), dtype)  # autocast would change a live prefix
+        for part, views in announced(source, ((part, torch.zeros_like(part)) for part in rows.split(batch))):
+            inputs = cast(source.take(part, views), dtype)  # autocast would change a live prefix
             with autocast(device, dtype):
                 logits = module(*inputs)
             parts.append(logits.float())

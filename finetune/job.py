@@ -31,7 +31,7 @@ from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.ranks import Ranks
-from finetune.recipe import PLACES, Recipe, check, flag, resolve_auto, to_table
+from finetune.recipe import PLACES, Recipe, check, flag, parse_bytes, resolve_auto, to_table
 from finetune.rundir import require_empty
 from finetune.scratch import few_steps
 from finetune.sharing import require_rows
@@ -140,13 +140,7 @@ def prepare(
     if recipe.keep_head:
         _require_classes(found, data)
     prepared = prepare_model(recipe, len(data.classes), found)
-    fresh_stage = trains_fresh_stage(prepared.model, prepared.selection, prepared.fresh)
-    settled = resolve_auto(settle_auto(recipe, len(data.train), fresh_stage), len(data.train))
-    if (told := choice_told(recipe, settled)) is not None:
-        events.note(told)
-    recipe = settled
-    if (advice := few_steps(recipe, len(data.train))) is not None:
-        events.note(advice)
+    recipe = _settle(recipe, len(data.train), prepared, events)
     if prepared.account is not None:
         events.note(prepared.account.sentence())
     elif prepared.selection.frozen:
@@ -174,6 +168,16 @@ def prepare(
         plan.require_time(recipe.budget)
     events.plan(plan)
     return Job(recipe, data, prepared, cut, frozen, device, views, computing, plan, ranks)
+
+
+def _settle(recipe: Recipe, images: int, prepared: Prepared, events: Events) -> Recipe:
+    """Fill in what is auto in a recipe, and say what somebody might wonder at."""
+    fresh_stage = trains_fresh_stage(prepared.model, prepared.selection, prepared.fresh)
+    settled = resolve_auto(settle_auto(recipe, images, fresh_stage), images)
+    for told in (choice_told(recipe, settled), few_steps(settled, images)):
+        if told is not None:
+            events.note(told)
+    return settled
 
 
 def settings_of(recipe: Recipe) -> dict[str, object]:
@@ -226,6 +230,7 @@ def read_splits(recipe: Recipe, found: Found, events: Events) -> DataSplits:
         data_dir=recipe.data_dir,
         labels=recipe.labels,
         image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
+        image_memory=None if recipe.image_memory is None else parse_bytes(recipe.image_memory, "--image-memory"),
         val_fraction=recipe.val_fraction,
         limit=recipe.limit,
         shots=recipe.shots,

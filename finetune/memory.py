@@ -22,7 +22,7 @@ from torch import nn
 from finetune.device import synchronize
 from finetune.inference import autocast, cast
 from finetune.machine import free_memory
-from finetune.plan import Placement, size
+from finetune.placement import Placement, size
 from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,12 @@ from PIL import Image
 
 from finetune.cifar import CifarFiles
 from finetune.data import find_data, read_set
-from finetune.decode import CHUNK, reason_of, set_warnings, upright
+from finetune.decode import CHUNK, ImageFile, open_image, reason_of, set_warnings, upright
 from finetune.images import Progress, RawData
+from finetune.samples import list_samples
+from finetune.shards import ShardSet, name_of
 from finetune.survey import Survey, survey_folder
+from finetune.tar import printable
 
 THUMBNAIL = 32  # S: the side at which phash looks at a picture
 PLAIN = 16
@@ -64,7 +67,7 @@ class Originals:
         splits: the splits that are there, train first.
         split: int64 (N,), index into `splits` of each image.
         labels: int64 (N,).
-        places: where each image is: a path below the data's folder, or "train image 17".
+        places: where each image is: a path below the data's folder, "train-000000.tar: 0017.jpg" or "train image 17".
         looks: what was seen of each.
         unreadable: (place, reason) of files that cannot be decoded; they are not among the N.
         survey: what else lies in an image folder; None for other data.
@@ -114,6 +117,8 @@ def read_originals(
         OSError: a folder that cannot be listed.
     """
     found = find_data(data, data_dir=data_dir, labels=labels)
+    if isinstance(found, ShardSet):
+        return _from_shards(found, progress)
     if isinstance(found, Path):
         return _from_folder(survey_folder(found), progress)
     return _from_arrays(found, labels, progress)
@@ -140,15 +145,68 @@ def look_at(image: Image.Image, size: tuple[int, int], mode: str) -> Look:
 
 
 def _from_folder(survey: Survey, progress: Progress | None) -> Originals:
-    """Decode every file of a folder, in parallel; those that cannot be read are noted."""
-    files = survey.files
+    """Look at every file of a folder."""
+    places = [survey.place(file) for file in survey.files]
+    name = survey.root.resolve().name or "folder"
+    split, labels = np.array(survey.split, np.int64), np.array(survey.labels, np.int64)
+    return _from_files(name, survey.classes, survey.splits, split, labels, survey.files, places, survey, progress)
+
+
+def _from_shards(found: ShardSet, progress: Progress | None) -> Originals:
+    """Look at every image of shards."""
+    listed = list_samples(found, progress)
+    parts = list(listed.splits.values())
+    files = [file for images, _ in parts for file in images]
+    root = found.root.parent if found.root.is_file() else found.root
+    places = [f"{file.tar.relative_to(root)}: {printable(file.name)}" for file in files]
+    split = np.repeat(np.arange(len(parts)), [len(images) for images, _ in parts]).astype(np.int64)
+    labels = np.array([label for _, numbers in parts for label in numbers], np.int64)
+    splits = tuple(listed.splits)
+    return _from_files(name_of(found), listed.classes, splits, split, labels, files, places, None, progress)
+
+
+def _from_files(
+    name: str,
+    classes: tuple[str, ...],
+    splits: tuple[str, ...],
+    split: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    files: Sequence[ImageFile],
+    places: list[str],
+    survey: Survey | None,
+    progress: Progress | None,
+) -> Originals:
+    """Look at image files; those that cannot be read are noted. The arguments are as in `Originals`, of all files."""
+    seen = _look_at_files(files, progress)
+    there = [index for index, look in enumerate(seen) if isinstance(look, Look)]
+
+    def picture(image: int) -> Image.Image:
+        with open_image(files[there[image]]) as opened:
+            return upright(opened).copy()
+
+    return Originals(
+        name,
+        classes,
+        splits,
+        split[there],
+        labels[there],
+        [places[index] for index in there],
+        [look for look in seen if isinstance(look, Look)],
+        [(place, look) for place, look in zip(places, seen, strict=True) if isinstance(look, str)],
+        survey,
+        picture,
+    )
+
+
+def _look_at_files(files: Sequence[ImageFile], progress: Progress | None) -> list[Look | str]:
+    """Decode every file, in parallel; where one cannot be read, the reason stands in its place."""
     seen: list[Look | str] = [""] * len(files)
 
     def look_at_chunk(start: int) -> int:
         stop = min(start + CHUNK, len(files))
         for index in range(start, stop):
             try:
-                with Image.open(files[index]) as opened:
+                with open_image(files[index]) as opened:
                     size, mode = opened.size, opened.mode
                     seen[index] = look_at(upright(opened), size, mode)
             except Exception as error:  # damaged bytes can make Pillow's readers raise nearly anything
@@ -165,32 +223,15 @@ def _from_folder(survey: Survey, progress: Progress | None) -> Originals:
                     progress("look at images", done, len(files))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    places = [survey.place(file) for file in files]
-    there = [index for index, look in enumerate(seen) if isinstance(look, Look)]
-
-    def picture(image: int) -> Image.Image:
-        with Image.open(files[there[image]]) as opened:
-            return upright(opened).copy()
-
-    return Originals(
-        survey.root.resolve().name or "folder",
-        survey.classes,
-        survey.splits,
-        np.array(survey.split, np.int64)[there],
-        np.array(survey.labels, np.int64)[there],
-        [places[index] for index in there],
-        [look for look in seen if isinstance(look, Look)],
-        [(place, look) for place, look in zip(places, seen, strict=True) if isinstance(look, str)],
-        survey,
-        picture,
-    )
+    return seen
 
 
 def _from_arrays(found: CifarFiles | str, labels: str, progress: Progress | None) -> Originals:
     """Look at the images of CIFAR files or of a drawn set."""
     raw: RawData = read_set(found, labels=labels, progress=progress)
     sets = {name: part for name, part in (("train", raw.train), ("val", raw.val), ("test", raw.test)) if part}
-    pixels = torch.cat([part.images for part in sets.values()]).permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, 3)
+    images = torch.cat([part.images[:] for part in sets.values()])
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, 3)
     size = (pixels.shape[2], pixels.shape[1])
     looks = []
     for index, image in enumerate(pixels):

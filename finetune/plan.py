@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from finetune.placement import MEMORIES, Placement, size
 from weights.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.precision import Choice
 
-DISK_RESERVE = 2 * 10**9  # bytes left free on the cache's disk, so that nothing else on it fails
 CLOSING_RESERVE = 2.0  # times the expected time after training that --budget keeps for it: no clock steers that part
-MEMORIES = {
-    "device": "in the GPU's memory",
-    "pinned": "in memory, sent to the GPU batch by batch",
-    "ram": "in memory",
-}
-"""Places that are memory, as a plan words them."""
-
-MEMORY_SHARE = 0.6  # of what is free: training itself, and the system's file cache, want the rest
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where features will be.
+class Streaming:
+    """Images that are decoded as they are wanted.
 
     Attributes:
-        where: "device" (a GPU's own memory), "pinned" (the computer's memory, from which a GPU fetches batches through
-            pinned buffers), "ram", "disk" (memory-mapped), "off" (computed in every epoch) or "uncut" (there is no
-            prefix).
-        on_disk: whether they are also kept on disk for the next run.
-        bytes: of all features.
-        reason: one clause for people.
+        bytes: of all images of the data set, decoded.
+        memory: bytes that they may take; what is held at a time stays below.
+        rate: images decoded a second, when all were decoded to be told apart.
     """
 
-    where: str
-    on_disk: bool
     bytes: int
-    reason: str
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether all features are in some memory."""
-        return self.where in MEMORIES
-
-    @property
-    def ahead(self) -> bool:
-        """Whether features are computed once, before training."""
-        return self.in_memory or self.where == "disk"
+    memory: int
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -101,6 +77,7 @@ class Plan:
         images: where images lie that are looked at in every epoch ("device", "pinned" or "ram"), and their bytes; ""
             where features are computed ahead.
         processes: that share the images, their features, and every batch.
+        streaming: of images that are decoded as they are wanted; None where they are in memory.
         batch_size: images per step.
         feature_seconds: expected time for features.
         epoch_seconds: expected time of one epoch of training.
@@ -137,6 +114,7 @@ class Plan:
     budget: float | None = None
     images: tuple[str, int] = ("", 0)
     processes: int = 1
+    streaming: Streaming | None = None
 
     @property
     def frozen_share(self) -> float:
@@ -147,6 +125,16 @@ class Plan:
     def total_seconds(self) -> float:
         """Expected time from the plan on, whatever the budget: features, training and evaluation."""
         return self.feature_seconds + self.epochs * self.epoch_seconds + self.eval_seconds
+
+    def streamed(self) -> str:
+        """Return what is to be said of streamed images, as a clause; nothing where they are in memory."""
+        if self.streaming is None:
+            return ""
+        often = "once for each feature row" if self.placement.where in ("ram", "disk") else "in every epoch"
+        return (
+            f"decoded as they are wanted, {often}: in memory they would take {size(self.streaming.bytes)}, twice while "
+            f"they are split, and --image-memory is {size(self.streaming.memory)}"
+        )
 
     def estimate(self) -> dict[str, Any]:
         """Return what is expected of the run in the words of its summary, to be set against the outcome.
@@ -211,6 +199,11 @@ class Plan:
             "trained_layers": [name or "all" for name in self.trained_layers],
             "parameters": {"total": total, "trained": trained, "frozen": total - trained},
             "multiply_adds": {"once": self.multiply_adds[0], "every_step": self.multiply_adds[1]},
+            "images": {
+                "streamed": self.streaming is not None,
+                **(asdict(self.streaming) if self.streaming else {}),
+                **({"where": self.images[0], "bytes": self.images[1]} if self.images[0] else {}),
+            },
             "device": self.device,
             "training": _told(self.training),
             "prefix": None if self.prefix is None else _told(self.prefix),
@@ -223,7 +216,6 @@ class Plan:
                 "cache_dir": str(self.disk.cache_dir),
                 "held_bytes": self.disk.held,
             },
-            "images": {"where": self.images[0], "bytes": self.images[1]} if self.images[0] else None,
             "disk": {
                 "features": self.disk.write,
                 "free": self.disk.free,
@@ -252,6 +244,8 @@ class Plan:
                 f"frozen part, {100 * self.frozen_share:.0f} % of a forward pass, in {self.prefix} "
                 f"({self.prefix.reason})"
             )
+        if self.streaming is not None:
+            lines.append(f"images: {self.streamed()}")
         lines.append(f"features: {self.placement.reason}")
         if self.images[0] in ("device", "pinned"):
             lines.append(f"images: {size(self.images[1])} {MEMORIES[self.images[0]]}")
@@ -293,95 +287,3 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: int) -> str:
-    """Return a number of bytes for people: "11.0 GB"."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def place(
-    needed: int,
-    *,
-    mode: str,
-    cache_dir: Path,
-    limit: int,
-    memory: int,
-    held: int,
-    fresh_each_epoch: bool,
-    device: int | None = None,
-    quick: bool = False,
-) -> Placement:
-    """Decide where features go.
-
-    Args:
-        needed: bytes of all features.
-        mode: auto, ram, disk or off.
-        cache_dir: folder of the cache.
-        limit: most bytes the cache may take.
-        memory: most bytes of the computer's memory for features.
-        held: bytes of these features that are on disk already.
-        fresh_each_epoch: every epoch uses views of its own that are not on disk, so caching saves nothing in this run.
-        device: most bytes of a GPU's own memory for features; None where there is none.
-        quick: features are computed faster than a disk gives them back.
-
-    Raises:
-        UsageError: the asked-for place is too small.
-    """
-    if mode == "off":
-        return Placement("off", False, 0, "computed anew in every epoch, as asked")
-    if mode == "auto" and fresh_each_epoch:
-        return Placement("off", False, 0, "every epoch has views of its own, so they are computed as it goes")
-    where = memory_for(needed, memory, device)
-    text = f"{size(needed)} {MEMORIES.get(where, '')}"
-    if mode == "ram":
-        if not where:
-            raise UsageError(
-                f"--cache ram needs {size(needed)} for features and the memory budget is {size(memory)}; raise "
-                "--memory-budget, lower --limit or --views, or use --cache disk."
-            )
-        return Placement(where, False, needed, f"{text}, nothing on disk")
-    if mode == "auto" and where and quick and held < needed:
-        return Placement(where, False, needed, f"{text}, not kept: a disk is slower than computing them again")
-    free = free_disk(cache_dir) - DISK_RESERVE
-    if needed <= limit and needed - held <= free:
-        if where and mode == "auto":
-            return Placement(where, True, needed, f"{text}, kept on disk for the next run")
-        return Placement("disk", True, needed, f"{size(needed)} on disk, read as needed (memory budget {size(memory)})")
-    if mode == "disk":
-        raise UsageError(
-            f"--cache disk needs {size(needed)} for features; --cache-limit is {size(limit)} and "
-            f"{size(max(free, 0))} can be used on that disk: raise the limit, point --cache-dir elsewhere, or use "
-            "--cache off."
-        )
-    if where:
-        return Placement(where, False, needed, f"{text}; the disk budget is too small to keep them")
-    return Placement(
-        "off", False, 0, f"{size(needed)} fit neither disk nor memory, so they are computed in every epoch"
-    )
-
-
-def memory_for(needed: int, memory: int, device: int | None) -> str:
-    """Return the memory in which so many bytes fit, a GPU's own before the computer's; "" where they fit in none.
-
-    Args:
-        needed: bytes.
-        memory: most bytes of the computer's memory.
-        device: most bytes of a GPU's own memory; None where there is none.
-    """
-    if device is not None and needed <= device:
-        return "device"
-    if needed > memory:
-        return ""
-    return "ram" if device is None else "pinned"
-
-
-def free_disk(path: Path) -> int:
-    """Return the bytes free on the disk of a folder that need not exist yet."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return int(psutil.disk_usage(str(path)).free)

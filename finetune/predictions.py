@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from finetune.examples import choose_examples, shrink
+from finetune.images import Images
 from weights.errors import RunError
 from weights.save import write_atomically
 
@@ -34,7 +35,7 @@ class Predictions:
     pictures: torch.Tensor
 
 
-def illustrate(logits: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> Predictions:
+def illustrate(logits: torch.Tensor, labels: torch.Tensor, images: Images) -> Predictions:
     """Return predictions with pictures of the images that a report shows.
 
     Args:

@@ -34,7 +34,7 @@ class Recipe:
         ("head",), "Layers that train, by name: layer4,fc; `head` is the new classifier, `all` is everything."
     )
     data: str = _setting(
-        "cifar100", "cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files or image folders."
+        "cifar100", "cifar10, cifar100, shapes10, shapes100, or a path to CIFAR files, image folders or tar shards."
     )
     data_dir: Path | None = _setting(None, "Where named data sets are looked up first (else $FINETUNE_DATA, ./data).")
     labels: str = _setting("fine", "CIFAR-100's 100 fine or 20 coarse classes.", choices=("fine", "coarse"))
@@ -90,7 +90,7 @@ class Recipe:
     views: int | None = _setting(
         None, "Versions of each image that crop draws; auto is one per epoch, as good as fresh ones."
     )
-    # At the same number of epochs both cost accuracy, which muon more than makes up for (docs/decisions/0006, 0010).
+    # At the same number of epochs both cost accuracy, which muon more than makes up for (docs/decisions/0006, 0012).
     windows: str = _setting(
         AUTO,
         "Train on random windows of the feature maps, in about 70 % of the time; auto does where it takes muon.",
@@ -126,6 +126,9 @@ class Recipe:
         "Most memory for features; auto is 60 % of what is free, of a GPU's own what training leaves. "
         "More is read from disk.",
     )
+    image_memory: str | None = _setting(
+        None, "Most memory for decoded images of folders and shards; auto is 90 % of what is free. More is streamed."
+    )
     log: str = _setting(
         "none",
         "tensorboard: each epoch's figures for TensorBoard too, in the run directory; needs the extra of that name.",
@@ -141,8 +144,8 @@ FEWEST_STEPS = 500  # the shortest schedule of Kolesnikov et al. 2020, "Big Tran
 PATHS = ("data_dir", "weights_dir", "cache_dir")
 # Settings that say where to look, how to compute or what to log, not what is learned: not in checkpoints' metadata.
 PLACES = (
-    "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "device", "hold_test",
-    "log",
+    "data_dir", "weights", "weights_dir", "cache", "cache_dir", "cache_limit", "memory_budget", "image_memory",
+    "device", "hold_test", "log",
 )  # fmt: skip
 
 
@@ -200,11 +203,11 @@ def check(recipe: Recipe) -> None:
         raise UsageError("--train-layers is empty; name layers to train, such as head or layer4,fc, or all.")
     if not 0 <= recipe.seed < 2**32:
         raise UsageError(f"--seed is {recipe.seed}; give a whole number from 0 to {2**32 - 1}.")
-    parse_bytes(recipe.cache_limit, "--cache-limit")
+    for name in ("cache_limit", "memory_budget", "image_memory"):
+        if (text := getattr(recipe, name)) is not None:
+            parse_bytes(text, flag(name))
     if recipe.budget is not None:
         parse_seconds(recipe.budget, "--budget")
-    if recipe.memory_budget is not None:
-        parse_bytes(recipe.memory_budget, "--memory-budget")
     require_log(recipe.log)
 
 

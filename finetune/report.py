@@ -18,7 +18,8 @@ from finetune.chart import line_chart, reliability_chart
 from finetune.examples import choose_examples
 from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix, no_test, uneven_recall
 from finetune.page import bar, contents, head, html_page, html_table, number, row_head, scrolling, section
-from finetune.plan import duration, size
+from finetune.placement import size
+from finetune.plan import duration
 from finetune.predictions import Predictions, read_predictions
 from finetune.report_classes import Album, class_tables, matrix_part, mistakes_part, pairs_part
 from finetune.rundir import CONFIG, METRICS, PREDICTIONS, RECIPE, SUMMARY

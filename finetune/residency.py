@@ -19,6 +19,9 @@ from functools import partial
 
 import torch
 
+from finetune.images import DataSplits
+from finetune.placement import Placement, memory_for
+
 BUFFERS = 2  # one is filled while the other is fetched
 
 
@@ -126,7 +129,7 @@ class Store:
             batch[where] = tensor[rows[where]]
 
 
-class Images:
+class ImagePlace:
     """The images of a run where batches are made of them; each split goes to the GPU once.
 
     Args:
@@ -144,3 +147,13 @@ class Images:
             there = images.to(self.device) if self.where == "device" else images
             self._stores[id(images)] = (images, Store([there], self.device))  # held, so that its id stays its own
         return self._stores[id(images)][1]
+
+
+def place_images(data: DataSplits, placement: Placement, room: int | None) -> tuple[str, int]:
+    """Return where images lie that every epoch looks at, and their bytes; ("", 0) where it looks at none."""
+    splits = [split.images for split in (data.train, data.val, data.test) if split is not None]
+    in_memory = [images for images in splits if isinstance(images, torch.Tensor)]  # others are decoded as wanted
+    if placement.ahead or not in_memory:
+        return "", 0
+    count = sum(images.nbytes for images in in_memory)
+    return memory_for(count, count, room), count

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
@@ -21,6 +22,7 @@ from finetune.augment import Views
 from finetune.images import ImageSet
 from finetune.inference import Source, predict
 from finetune.ranks import Ranks
+from finetune.stream import Streamed
 from weights.errors import UsageError
 
 LEAST = 2  # rows in a step: none is no step, and a batch norm needs two
@@ -139,7 +141,8 @@ def own_block(ranks: Ranks, data: ImageSet, views: Views) -> tuple[ImageSet, Vie
     rows = ranks.part(len(data))
     part = slice(rows.start, rows.stop)
     draws = None if views.draws is None else views.draws[:, part].contiguous()
-    return replace(data, images=data.images[part], labels=data.labels[part]), replace(views, draws=draws)
+    images = data.images.part(np.arange(len(data))[part]) if isinstance(data.images, Streamed) else data.images[part]
+    return replace(data, images=images, labels=data.labels[part]), replace(views, draws=draws)
 
 
 def require_rows(ranks: Ranks, counts: dict[str, int]) -> None:

@@ -17,10 +17,12 @@ from finetune.cache import Entry, cannot_write, key_of, make_room
 from finetune.device import synchronize
 from finetune.events import Events
 from finetune.features import Features, Progressing, compute_view, new_stores
-from finetune.images import ImageSet
-from finetune.plan import Placement
+from finetune.images import Images, ImageSet
+from finetune.placement import Placement
 from finetune.prefix import PreparedPrefix
-from finetune.residency import Images, send
+from finetune.residency import ImagePlace, send
+from finetune.splits import pixel_digests
+from finetune.stream import Streamed
 
 
 class Live:
@@ -35,7 +37,7 @@ class Live:
         prefix: the frozen part, or None for a model that trains uncut.
         device: where batches are wanted.
         dtype: of the model input of an uncut model.
-        images: where the images lie; where `data` has them when None.
+        place: where images in memory lie; where `data` has them when None.
 
     Attributes:
         on_device: whether they lie on the device, so that rows may be given there.
@@ -49,20 +51,27 @@ class Live:
         prefix: PreparedPrefix | None,
         device: torch.device,
         dtype: torch.dtype,
-        images: Images | None = None,
+        place: ImagePlace | None = None,
     ) -> None:
-        self.store = (images or Images("ram", device)).store(data.images)
+        self.images, self.store = data.images, None
+        if isinstance(data.images, torch.Tensor):
+            self.store = (place or ImagePlace("ram", device)).store(data.images)
         self.views, self.preprocessing = views.on(device), preprocessing
         self.prefix, self.device, self.dtype = prefix, device, dtype
-        self.on_device = self.store.on_device
+        self.on_device = self.store is not None and self.store.on_device
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the inputs of what trains for int64 (B,) rows and views, on the device."""
-        images = self.store.take(rows, views)
+        images = send(self.images[rows], self.device) if self.store is None else self.store.take(rows, views)
         images = self.views.apply(images, send(rows, self.device), send(views, self.device))
         if self.prefix is None:
             return (self.preprocessing(images, self.dtype),)
         return self.prefix.prefix(images)
+
+    def expect(self, *batches: torch.Tensor) -> None:
+        """Begin to decode the int64 (B,) rows of the coming batches, where images are streamed."""
+        if isinstance(self.images, Streamed):
+            self.images.expect(*batches)
 
 
 @dataclass
@@ -197,8 +206,11 @@ class FeatureBuilder:
             raise cannot_write(entry.folder.parent, error) from error
 
 
-def images_sha256(images: torch.Tensor) -> str:
-    """Return the sha256 of uint8 images (N, 3, H, W) in their order, shape included."""
+def images_sha256(images: Images) -> str:
+    """Return the sha256 of uint8 images (N, 3, H, W) in their order, shape included: of the sha256 of each.
+
+    Streamed images know these, so nothing is decoded to find their features.
+    """
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.contiguous().reshape(-1).numpy().data)
+    digest.update(b"".join(pixel_digests(images)))
     return digest.hexdigest()

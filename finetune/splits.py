@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.images import DataSplits, ImageSet, RawData, first_few
+from finetune.images import DataSplits, Images, ImageSet, RawData, first_few
+from finetune.stream import Streamed, chosen, class_starts
 from weights.errors import UsageError
 
 TEST_FRACTION = 0.1
@@ -160,16 +161,28 @@ def check_settings(*, val_fraction: float, limit: int | None) -> None:
 
 def image_digests(images: ImageSet) -> Digests:
     """Return the sha256 of class name, shape and pixels of each image: N digests of 32 bytes, in the set's order."""
-    shape = ",".join(str(size) for size in images.images.shape[1:])
-    # A name cannot hold "\0", so no two (name, shape) pairs run together to the same bytes.
-    starts = [hashlib.sha256(f"{name}\0{shape}\0".encode()) for name in images.classes]
-    pixels = images.images.reshape(len(images), -1).contiguous().numpy()  # (N, C*H*W)
+    if isinstance(images.images, Streamed):
+        return images.images.named_digests
+    starts = class_starts(images.classes, images.images.shape[1:])
     digests = []
-    for row, label in zip(pixels, images.labels.tolist(), strict=True):
+    for row, label in zip(_rows(images.images), images.labels.tolist(), strict=True):
         image = starts[label].copy()
         image.update(row)
         digests.append(image.digest())
     return digests
+
+
+def pixel_digests(images: Images) -> Digests:
+    """Return the sha256 of the pixels of each image uint8 (N, 3, H, W): N digests of 32 bytes."""
+    if isinstance(images, Streamed):
+        return images.pixel_digests
+    return [hashlib.sha256(row).digest() for row in _rows(images)]
+
+
+def _rows(images: Images) -> NDArray[np.uint8]:
+    """Return images in memory as rows of bytes (N, 3*H*W)."""
+    rows: NDArray[np.uint8] = images[:].reshape(len(images), -1).contiguous().numpy()
+    return rows
 
 
 def identity(splits: Mapping[str, Digests]) -> str:
@@ -242,8 +255,8 @@ def _ranked(
 
 def take(images: ImageSet, places: Sequence[int] | NDArray[np.int64]) -> ImageSet:
     """Return the images at `places` (M numbers from 0 to N - 1), in that order."""
-    index = torch.as_tensor(places, dtype=torch.int64)
-    return ImageSet(images.images[index], images.labels[index], images.classes)
+    index = np.asarray(places, dtype=np.int64)
+    return ImageSet(chosen(images.images, index), images.labels[torch.from_numpy(index)], images.classes)
 
 
 def _hold_out(pile: Pile, fraction: float, *, salt: str) -> tuple[Pile, Pile | None]:

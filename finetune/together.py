@@ -25,7 +25,8 @@ from finetune.images import ImageSet
 from finetune.job import Job
 from finetune.merge import join
 from finetune.one_pass import InMemory, OnDisk, run_pass
-from finetune.plan import Placement, place
+from finetune.placement import Placement, place
+from finetune.prefix import PREFIX_BATCH
 from finetune.recipe import parse_bytes
 from finetune.sources import FeatureBuilder
 from weights.errors import UsageError
@@ -134,7 +135,7 @@ def _groups(jobs: Sequence[Job], placement: Placement, events: Events, stop: Cal
         builder = replace(job.computing.builder(job.recipe, events), stop=stop, told=told)
         own = placement if not placement.on_disk else job.computing.placement  # on disk: as a run alone reads them
         groups.setdefault(str(builder.prepared.choice), []).append(replace(builder, placement=own))
-    sample = jobs[0].data.train.images
+    sample = jobs[0].data.train.images[:PREFIX_BATCH]
     keep = [
         entry.folder.name
         for builders in groups.values()

@@ -5,6 +5,7 @@ Import with `from make_data import ...`. Images are uint8 (N, 3, H, W) numpy arr
 
 from __future__ import annotations
 
+import io
 import pickle
 import tarfile
 from collections.abc import Sequence
@@ -144,6 +145,43 @@ def write_class_folders(
         folder = root / classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{index:05d}{suffix}")
+
+
+def write_shards(root: Path, made: Made, *, each: int = 100, names: bool = True) -> None:
+    """Write images as shards `train-000000.tar`, `test-000000.tar` and so on, `each` samples to a shard.
+
+    Args:
+        root: the folder.
+        made: the images.
+        each: samples of a shard.
+        names: labels are names of classes; otherwise numbers, with classes.txt beside the shards.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for split, images, labels in (("train", made.train, made.train_labels), ("test", made.test, made.test_labels)):
+        for start in range(0, len(labels), each):
+            samples: dict[str, bytes] = {}
+            for index in range(start, min(start + each, len(labels))):
+                label = made.classes[labels[index]] if names else str(labels[index])
+                samples |= {f"{index:06d}.png": as_png(images[index]), f"{index:06d}.cls": label.encode()}
+            write_tar(root / f"{split}-{start // each:06d}.tar", samples)
+    if not names:
+        (root / "classes.txt").write_text("".join(f"{name}\n" for name in made.classes), encoding="utf-8")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    """Write an uncompressed tar file of these files."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def as_png(image: Pixels) -> bytes:
+    """Return an image (3, H, W) as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_archive(archive: Path, folder: Path) -> None:

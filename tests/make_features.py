@@ -13,7 +13,7 @@ from finetune.augment import Preprocessing, Views
 from finetune.events import Events
 from finetune.features import Prefix, RowShape
 from finetune.images import ImageSet
-from finetune.plan import Placement
+from finetune.placement import Placement
 from finetune.precision import Choice
 from finetune.prefix import PreparedPrefix
 from finetune.sources import FeatureBuilder

@@ -17,7 +17,7 @@ from finetune.cut import Cut, cut_model
 from finetune.events import Events
 from finetune.images import ImageSet
 from finetune.layers import freeze, select_layers
-from finetune.plan import Placement
+from finetune.placement import Placement
 from finetune.precision import Choice
 from finetune.prefix import PreparedPrefix, prepare_prefix
 from finetune.sources import FeatureBuilder

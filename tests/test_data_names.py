@@ -141,7 +141,7 @@ def test_paths_to_something_else(places: Path) -> None:
     with pytest.raises(DataError, match=r"notes\.txt is a file; expected a folder"):
         load_data(str(places / "notes.txt"))
     (places / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds nothing; expected CIFAR files, a CIFAR .tar.gz, or a folder of"):
+    with pytest.raises(DataError, match=r"empty holds nothing; expected CIFAR files, a CIFAR .tar.gz, a folder of"):
         load_data(str(places / "empty"))
     for index in range(7):
         (places / "empty" / f"{index}.png").write_bytes(b"")

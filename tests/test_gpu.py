@@ -21,7 +21,7 @@ from finetune.images import ImageSet
 from finetune.pipeline import run
 from finetune.precision import largest_that_runs
 from finetune.recipe import Recipe
-from finetune.residency import Images
+from finetune.residency import ImagePlace
 from finetune.sources import Live
 from finetune.windows import Windows
 
@@ -70,7 +70,7 @@ def test_training_on_images_waits_for_nothing(where: str) -> None:
     data = ImageSet(torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8), torch.arange(N) % 4, tuple("abcd"))
     views = make_views("crop", N, 32, count=3, seed=0, cutout=8, fill=(1, 2, 3))
     preprocessing = Preprocessing(40, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear")
-    live = Live(data, views, preprocessing, None, CUDA, torch.float32, Images(where, CUDA))
+    live = Live(data, views, preprocessing, None, CUDA, torch.float32, ImagePlace(where, CUDA))
     epoch_without_waiting(live, new_suffix(), None)
 
 
@@ -93,7 +93,7 @@ def test_images_are_the_same_from_the_device_and_from_memory() -> None:
     rows, chosen = torch.arange(N), torch.arange(N) % 3
     on_cpu = Live(data, views, preprocessing, None, torch.device("cpu"), torch.float32).take(rows, chosen)[0]
     for where in ("device", "pinned"):
-        live = Live(data, views, preprocessing, None, CUDA, torch.float32, Images(where, CUDA))
+        live = Live(data, views, preprocessing, None, CUDA, torch.float32, ImagePlace(where, CUDA))
         torch.testing.assert_close(live.take(rows, chosen)[0].cpu(), on_cpu)
 
 

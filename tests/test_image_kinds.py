@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune import decode
-from finetune.decode import decode_files, decode_image, to_rgb
+from finetune.decode import decode_image, to_rgb
 from finetune.folder import read_folder
+from finetune.stream import load_splits
 
 
 def save(path: Path, colour: object = (10, 20, 30), *, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
@@ -248,8 +249,9 @@ def test_images_are_decoded_side_by_side(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     calls: list[tuple[str, int, int]] = []
     count = 2 * decode.CHUNK + 5
-    pixels = decode_files([tmp_path / f"{n}.png" for n in range(count)], 4, lambda *call: calls.append(call))
-    assert pixels[:, 0, 0, 0].tolist() == list(range(count))
+    files = [tmp_path / f"{n}.png" for n in range(count)]
+    made = load_splits({"train": (files, [0] * count)}, ("a",), image_size=4, progress=lambda *call: calls.append(call))
+    assert made["train"].images[:][:, 0, 0, 0].tolist() == list(range(count))
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
     assert calls[-1] == ("decode", count, count)
     assert len(calls) == 3
@@ -273,5 +275,5 @@ def test_an_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(decode, "decode_image", fake)
     files = [tmp_path / f"{number}.png" for number in range(100 * decode.CHUNK)]
     with pytest.raises(Interrupted):
-        decode_files(files, 4, interrupt)
+        load_splits({"train": (files, [0] * len(files))}, ("a",), image_size=4, progress=interrupt)
     assert len(begun) < len(files) / 2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.memory import GPU_SHARE, StepMemory, exhaustion_explained, gpu_room, step_memory
-from finetune.plan import Placement
+from finetune.placement import Placement
 from finetune.precision import largest_that_runs
 from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError

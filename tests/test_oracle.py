@@ -24,7 +24,7 @@ from finetune.images import ImageSet
 from finetune.inference import Source
 from finetune.layers import freeze, select_layers
 from finetune.order import epoch_batches
-from finetune.plan import Placement
+from finetune.placement import Placement
 from finetune.precision import Choice
 from finetune.prefix import PreparedPrefix, prepare_prefix
 from finetune.recipe import Recipe

@@ -95,7 +95,8 @@ def refused(kind: type[Exception], recipe: Recipe, output: Path) -> str:
 
 def test_what_a_run_leaves(done: Done) -> None:
     assert {entry.name for entry in done.folder.iterdir()} - {"report.html"} == FILES
-    assert from_table(read_toml(done.folder / "recipe.toml"), "") == done.recipe
+    settled = dataclasses.replace(done.recipe, optimizer="sgd", windows="off", skip_easy=0.0)  # by a short run's auto
+    assert from_table(read_toml(done.folder / "recipe.toml"), "") == settled
     assert [row["epoch"] for row in metrics(done.folder)] == [1, 2]
     keys = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"]
     keys += ["seconds", "eval_seconds", "images_per_second"]

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from finetune.budget import Budget, closing_seconds, keep_time
-from finetune.plan import DISK_RESERVE, Disk, Placement, Plan, duration, place, size
+from finetune.placement import DISK_RESERVE, Placement, place, size
+from finetune.plan import Disk, Plan, duration
 from finetune.precision import Choice
 from weights.errors import UsageError
 
@@ -206,9 +207,9 @@ def test_a_plan_says_where_images_lie_that_every_epoch_looks_at() -> None:
     for where, words in (("device", "in the GPU's memory"), ("pinned", "in memory, sent to the GPU batch by batch")):
         plan = make_plan(images=(where, 184_320_000))
         assert plan.sentences()[5] == f"images: 184.3 MB {words}"
-        assert plan.as_dict()["images"] == {"where": where, "bytes": 184_320_000}
+        assert plan.as_dict()["images"] == {"streamed": False, "where": where, "bytes": 184_320_000}
     assert len(make_plan(images=("ram", 10)).sentences()) == len(make_plan().sentences())
-    assert make_plan().as_dict()["images"] is None
+    assert make_plan().as_dict()["images"] == {"streamed": False}
 
 
 def test_what_a_budget_leaves_for_epochs() -> None:

@@ -33,8 +33,8 @@ OTHER: dict[str, Any] = {
     "views": 4, "windows": "on", "skip_easy": 0.5, "val_fraction": 0.25,
     "keep_head": True, "blocks": ("1", "2"), "shortcut": "A", "hidden": 64, "dropout": 0.1, "budget": "20m",
     "limit": 100, "seed": 7, "device": "cpu", "precision": "bf16", "compile": "on", "cache": "disk",
-    "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB", "shots": 5, "hold_test": True,
-    "log": "tensorboard",
+    "cache_dir": Path("cache"), "cache_limit": "1TB", "memory_budget": "2GiB", "image_memory": "1GB",
+    "shots": 5, "hold_test": True, "log": "tensorboard",
 }  # fmt: skip
 """A value for every setting that is not its default."""
 
@@ -170,6 +170,7 @@ NAN, INF = float("nan"), float("inf")
         ({"log": "tensorbord"}, "--log is 'tensorbord'; did you mean tensorboard? It can be none, tensorboard."),
         ({"cache_limit": "much"}, "--cache-limit is 'much'; give a size above 0 such as 500MB or 8GB."),
         ({"memory_budget": "0"}, "--memory-budget is '0'; give a size above 0 such as 500MB or 8GB."),
+        ({"image_memory": "much"}, "--image-memory is 'much'; give a size above 0 such as 500MB or 8GB."),
     ],
 )
 def test_every_check_has_its_sentence(settings: dict[str, Any], words: str) -> None:

@@ -22,7 +22,7 @@ from finetune.inference import predict
 from finetune.optim import update_average
 from finetune.order import epoch_batches, on_both
 from finetune.recipe import Recipe
-from finetune.residency import BUFFERS, Images, Staging, Store
+from finetune.residency import BUFFERS, ImagePlace, Staging, Store
 from finetune.sources import Live
 from finetune.windows import Windows
 
@@ -64,12 +64,12 @@ def test_batches_that_pass_through_the_buffers_are_the_same_and_stay_so(whole: t
 
 
 def test_each_set_of_images_goes_to_the_device_once() -> None:
-    images = Images("device", META)
+    images = ImagePlace("device", META)
     train, test = (torch.zeros(4, 3, 8, 8, dtype=torch.uint8) for _ in range(2))
     assert images.store(train) is images.store(train)
     assert images.store(train) is not images.store(test)
     assert images.store(train).on_device
-    assert not Images("pinned", META).store(train).on_device
+    assert not ImagePlace("pinned", META).store(train).on_device
 
 
 def test_an_epoch_is_sent_at_once_in_the_batches_that_are_planned() -> None:
@@ -102,7 +102,7 @@ def test_no_batch_of_images_asks_the_device_for_a_value(where: str) -> None:
     data = ImageSet(torch.zeros(30, 3, 32, 32, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64), ("a", "b"))
     views = make_views("crop", 30, 32, count=2, seed=0, cutout=8)
     preprocessing = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear")
-    live = Live(data, views, preprocessing, None, META, torch.float32, Images(where, META))
+    live = Live(data, views, preprocessing, None, META, torch.float32, ImagePlace(where, META))
     assert live.on_device == (where == "device")
     for here, there in on_both(epoch_batches(30, 4, 2, 0, Recipe(epochs=1)), META):
         (batch,) = live.take(*(there if live.on_device else here))
@@ -149,7 +149,7 @@ def test_a_moving_average_is_that_of_pytorch() -> None:
 
 def test_logits_are_fetched_now_and_then_and_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     class Numbers:
-        """Images whose only feature is their number."""
+        """ImagePlace whose only feature is their number."""
 
         def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (rows[:, None].float(),)

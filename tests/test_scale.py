@@ -198,8 +198,8 @@ def stops() -> dict[str, int]:
     """Return how many images fit before each thing stops, on the benchmarks' machine with all of its memory free."""
     limit = 50e9
     return {
-        "decoded": int(constant("finetune/decode.py", "HEADROOM") * memory() / (2 * IMAGE)),
-        "in memory": int(constant("finetune/plan.py", "MEMORY_SHARE") * memory() / (VIEWS * ROW["layer4,fc"])),
+        "decoded": int(constant("finetune/stream.py", "HEADROOM") * memory() / (2 * IMAGE)),
+        "in memory": int(constant("finetune/placement.py", "MEMORY_SHARE") * memory() / (VIEWS * ROW["layer4,fc"])),
         "limit": int(limit / (VIEWS * ROW["layer4,fc"])),
         "limit of fc": int(limit / (VIEWS * ROW["fc"])),
         "logits": int(memory() / (EVALUATED * CLASSES)),
@@ -223,7 +223,8 @@ def on_stops() -> list[str]:
         f"{found['file'] / 1e6:.0f} million images with `layer4,fc`",
         f"{found['digests'] / 1e6:.0f} million images",
         f"{found['order'] / 1e6:.0f} million images",
-        f"{2 * IMAGE * 1e6 / constant('finetune/decode.py', 'HEADROOM') / 1e9:.0f} GB of free memory",
+        f"a million need {2 * IMAGE * 1e6 / constant('finetune/stream.py', 'HEADROOM') / 1e9:.0f} GB.",
+        f"each view of a million then takes {span(1e6 / decoding())} more",
         f"{chunk:,} rows, so a view of 1 billion images has {-(-(10**9) // chunk):,} chunks",
         f"{span(1e6 / t)} at 1 million images and {span(1e9 / t)} at 1 billion",
         f"{DIGEST} bytes and a pointer of 8",
@@ -304,7 +305,7 @@ def test_the_sentences_of_scale_md_follow_from_the_benchmark_files() -> None:
 
 def test_what_scale_md_takes_from_the_code_is_there() -> None:
     for path, line in (
-        ("finetune/decode.py", "needed, free = 2 * count * 3 * side * side, free_memory()"),
+        ("finetune/stream.py", "if COPIES * len(files) * 3 * side * side <= room:"),
         ("finetune/recipe.py", 'cache_limit: str = _setting("50GB"'),
         ("finetune/recipe.py", "epochs = recipe.epochs or min(40, max(8,"),
         ("finetune/order.py", "order = torch.randperm(images, generator=generator)"),
