@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+SUPPLY_STAMP := $(VENV)/.installed-supply
+KILLS ?= 100
+SOAK_SECONDS ?= 1200
 
-.PHONY: demo test test-all kill-test lint format docs docs-pages bench clean
+.PHONY: demo test test-all kill-test fault-test soak lint format docs docs-pages requirements sbom audit bench clean
 
 demo: $(STAMP)
 	$(BIN)/finetune demo
@@ -16,15 +19,24 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
-# `make test` kills a run at four moments; this kills at thirty and takes about two minutes.
+# `make test` kills a run at four moments; this kills runs, sweeps and exports at a hundred, and goes on where it was.
 kill-test: $(STAMP)
-	KILLS=30 $(BIN)/python -m pytest tests/test_kills.py
+	$(BIN)/python tests/kills.py --kills $(KILLS)
+
+# A disk that is full from any operation of a run on; `make test` tries one for each file.
+fault-test: $(STAMP)
+	$(BIN)/python -m pytest tests/test_faults.py
+
+# Small runs in one process for twenty minutes: memory, open files and threads have to stay flat.
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
+	$(BIN)/mypy supply
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -37,6 +49,16 @@ docs: $(DOCS_STAMP)
 # The pages of the commands, from the commands themselves.
 docs-pages: $(STAMP)
 	$(BIN)/python docs/make_cli.py
+
+# The versions that are installed here, with hashes and without addresses (docs/supply.md).
+requirements: $(STAMP)
+	$(BIN)/python supply/requirements.py --output requirements.txt
+
+sbom: $(SUPPLY_STAMP)
+	$(BIN)/python supply/sbom.py --output build/sbom.json
+
+audit: $(SUPPLY_STAMP)
+	$(BIN)/python supply/audit.py
 
 # Takes long, and the machine should have nothing else to do; results are written to benchmarks/results.
 bench: $(STAMP)
@@ -55,4 +77,8 @@ $(STAMP): pyproject.toml
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
+	@touch $@
+
+$(SUPPLY_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[supply]'
 	@touch $@

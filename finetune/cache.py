@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from finetune.machine import user_cache
 from weights.errors import RunError
+from weights.save import write_atomically
 
 FORMAT = 1
 CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any prefix, and large enough to write fast
@@ -99,9 +100,11 @@ class Entry:
                         file.truncate(size * self.rows)
             about_path = self.folder / "about.json"
             if not about_path.exists():
-                about_path.write_text(json.dumps({"rows": self.rows, **about}, sort_keys=True, indent=1))
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+                text = json.dumps({"rows": self.rows, **about}, sort_keys=True, indent=1)
+                write_atomically(about_path, text.encode())
+        except (OSError, RunError) as error:
+            refusal = error.__cause__ if isinstance(error, RunError) else error
+            raise cannot_write(self.folder, refusal) from refusal
         self.load_journal()
 
     def load_journal(self) -> None:
@@ -199,15 +202,30 @@ class Entry:
         self._sums[number] = sums
 
     def finish(self) -> None:
-        """Mark the entry as used now; the least recently used go first when room is made."""
-        os.utime(self.folder)
+        """Mark the entry as used now; the least recently used go first when room is made.
+
+        Raises:
+            RunError: somebody deleted it.
+        """
+        try:
+            os.utime(self.folder)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def mapped(self) -> list[torch.Tensor]:
-        """Return the tensors memory-mapped from their files: read-only by convention, paged in as rows are read."""
+        """Return the tensors memory-mapped from their files: read-only by convention, paged in as rows are read.
+
+        Raises:
+            RunError: a file is gone or too short; torch would make one of zeros in its place.
+        """
         if not self._maps:
             for number, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
-                elements = self.rows * torch.Size(shape).numel()
-                flat = torch.from_file(str(self._tensor(number)), shared=True, size=elements, dtype=dtype)
+                elements, path = self.rows * torch.Size(shape).numel(), self._tensor(number)
+                if not path.is_file() or path.stat().st_size != elements * dtype.itemsize:
+                    raise RunError(
+                        f"{path} was deleted or cut short while a run used it; start or resume the run again."
+                    )
+                flat = torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
                 self._maps.append(flat.reshape(self.rows, *shape))
         return self._maps
 
@@ -217,11 +235,12 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def cannot_write(folder: Path, error: OSError) -> RunError:
-    """Return the error for a cache folder that cannot be written."""
+def cannot_write(folder: Path, refusal: BaseException | None) -> RunError:
+    """Return the error for a cache folder that the system does not let be written."""
+    reason = getattr(refusal, "strerror", None) or refusal
     return RunError(
-        f"The feature cache {folder} cannot be written ({error.strerror or error}); free some disk space, point "
-        "--cache-dir elsewhere, or use --cache ram or --cache off."
+        f"The feature cache {folder} cannot be written ({reason}); free some disk space, point --cache-dir elsewhere, "
+        "or use --cache ram or --cache off."
     )
 
 
@@ -262,7 +281,7 @@ def list_entries(cache_dir: Path) -> list[Stored]:
 
 
 def clear(cache_dir: Path, entries: Sequence[Stored]) -> int:
-    """Delete entries, except those that a run is writing now; return the bytes freed.
+    """Delete entries, except those that a run is writing now or that the system keeps; return the bytes freed.
 
     A run that has an entry mapped goes on reading it: the system keeps a deleted file until the last reader is done.
     """
@@ -271,9 +290,10 @@ def clear(cache_dir: Path, entries: Sequence[Stored]) -> int:
         try:
             with FileLock(cache_dir / "features" / f"{entry.key}.lock", timeout=0):
                 shutil.rmtree(entry.folder, ignore_errors=True)
-        except Timeout:
+        except (Timeout, OSError):
             continue
-        freed += entry.bytes
+        if not entry.folder.exists():
+            freed += entry.bytes
     return freed
 
 

@@ -23,8 +23,8 @@ from finetune.export_check import BATCHES, Agreement, Compute, compare, read_bac
 from finetune.export_graph import Logits, Probabilities, read_onnx, read_torch, scaling_of, to_onnx, trace, write_torch
 from finetune.export_target import GRAPHS, files_of, require_target
 from finetune.trained import Trained, load_trained
-from weights.errors import RunError, UsageError
-from weights.save import save_checkpoint, write_atomically
+from weights.errors import UsageError
+from weights.save import cannot_write, save_checkpoint, write_atomically
 
 SMALL = 32  # pixels of CIFAR's images, which a network for larger ones has to scale up
 
@@ -261,8 +261,6 @@ def _short_lived(place: Path, output: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
     except OSError as error:
-        raise RunError(
-            f"Could not write {output}: {error.strerror or error}; free the space or choose another folder."
-        ) from error
+        raise cannot_write(output, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

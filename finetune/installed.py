@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "finetune-timm"
-DEVELOPMENT = ("dev",)  # extras that no user of the commands needs
+DEVELOPMENT = ("dev", "supply")  # extras that no user of the commands needs
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from finetune.grid import SWEEP
 from finetune.recipe import Recipe, from_table, read_toml, to_toml
 from finetune.tensorboard import TensorBoard
 from weights.errors import RunError
-from weights.save import write_atomically
+from weights.save import FULL, cannot_write, write_atomically
 
 RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 MODEL, CONFIG, PREDICTIONS, LOCK = "model.safetensors", "config.json", "predictions.safetensors", ".lock"
 TENSORBOARD = "tensorboard"
+COMMANDS = {RECIPE: "finetune run", SWEEP: "finetune sweep"}  # what goes on in a folder that holds such a file
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no more of this user's share, no larger file
+MENDABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # a user can help, and the run goes on
 
 
 class RunDirectory:
@@ -49,7 +51,8 @@ class RunDirectory:
         except Timeout:
             raise _in_use(self.path) from None
         except OSError as error:
-            raise RunError(f"{self.path} cannot be written ({error.strerror}); give another --output.") from error
+            advice = "give another --output" if self.new else "make it writable"
+            raise RunError(f"{self.path} cannot be written ({error.strerror}); {advice}.") from error
         if self.new:
             try:
                 require_empty(self.path, locked=True)  # two runs may have found it empty; one had the lock first
@@ -66,13 +69,12 @@ class RunDirectory:
             self._close_log(error)
         finally:
             self._unlock()
-        begun = (self.path / RECIPE).is_file()
-        if begun and isinstance(error, KeyboardInterrupt):  # only without the command line, which catches the signal
+        begun = next((words for name, words in COMMANDS.items() if (self.path / name).is_file()), "")
+        if begun == COMMANDS[RECIPE] and isinstance(error, KeyboardInterrupt):  # the command line catches the signal
             error.add_note(f"What was finished is kept: finetune.resume({str(self.path)!r}) goes on.")
-        full = isinstance(error, RunError) and isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
-        if full and begun:
+        if begun and (first := _first_refusal(error)) is not None:
             raise RunError(
-                f"{str(error).rstrip('.')}. What was finished is kept: go on with finetune run --resume {self.path}"
+                f"{str(first).rstrip('.')}. What was finished is kept: go on with {begun} --resume {self.path}"
             ) from error
 
     def _unlock(self) -> None:
@@ -163,8 +165,24 @@ class RunDirectory:
         return dict(state)
 
     def drop_checkpoint(self) -> None:
-        """Delete checkpoint.pt: a finished run does not need it."""
-        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        """Delete checkpoint.pt: a finished run does not need it.
+
+        Raises:
+            RunError: the system refuses.
+        """
+        try:
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path / CHECKPOINT, error) from error
+
+
+def _first_refusal(error: BaseException | None) -> RunError | None:
+    """Return what was said first of a disk that refused, in this folder or in a run's within it; None without one."""
+    while isinstance(error, RunError):
+        if isinstance(error.__cause__, OSError):
+            return error if error.__cause__.errno in MENDABLE else None
+        error = error.__cause__
+    return None
 
 
 def _in_use(path: Path) -> RunError:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, for tests that kill them. A fork server imports everything once, so they start soon.
+"""Commands in processes of their own, for tests that kill them; a fork server imports everything once for all.
 
 Import with `from make_process import ...`. What a process prints is in `out.txt` and `err.txt` in its folder.
 """
@@ -28,12 +28,20 @@ from finetune import cache, features
 
 ROOT = Path(__file__).parents[1]
 PHASES = {
-    "features": "finetune/features.py compute_view",
-    "steps": "finetune/fit.py Trainer.train_epoch",
-    "checkpoint": "finetune/rundir.py RunDirectory.write_checkpoint",
-    "export": "finetune/pipeline.py _finish",
+    "run": {
+        "features": "finetune/features.py compute_view",
+        "steps": "finetune/fit.py Trainer.train_epoch",
+        "checkpoint": "finetune/rundir.py RunDirectory.write_checkpoint",
+        "files": "finetune/pipeline.py _finish",
+    },
+    "sweep": {
+        "sweep-features": "finetune/sweep.py _features",
+        "sweep-runs": "finetune/sweep.py _run",
+        "sweep-choice": "finetune/sweep.py _test",
+    },
+    "export": {"export": "finetune/export.py export"},
 }
-"""The parts of a run in which it is killed, each the time that one function takes."""
+"""The parts of each command in which it is killed, each the time that one function takes."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torchvision", "timm", "cli.main", "finetune.pipeline"])
@@ -103,15 +111,21 @@ class Moment:
     delay: float
 
 
+def phase_of(seed: int) -> tuple[str, str]:
+    """Return the command and the phase whose turn it is."""
+    phases = [(command, phase) for command in PHASES for phase in PHASES[command]]
+    return phases[seed % len(phases)]
+
+
 def random_moment(seed: int, calls: dict[str, int]) -> Moment:
     """Draw a moment: seeds go through the phases in turn.
 
     Args:
         seed: of the draw.
-        calls: how many calls an undisturbed run makes in each phase, as `count_calls` found.
+        calls: how many calls an undisturbed process makes in each phase, as `count_calls` found.
     """
     draw = random.Random(seed)
-    phase = list(PHASES)[seed % len(PHASES)]
+    phase = phase_of(seed)[1]
     # Up to 5 ms on: about the time of writing and syncing a chunk or a file, so that kills fall into the middle of it.
     return Moment(phase, draw.randint(1, calls[phase]), draw.uniform(0, 0.005))
 
@@ -119,7 +133,8 @@ def random_moment(seed: int, calls: dict[str, int]) -> Moment:
 class _Watch:
     """A profile function that counts calls in each phase, and kills the process at one of them."""
 
-    def __init__(self, moment: Moment | None) -> None:
+    def __init__(self, command: str, moment: Moment | None) -> None:
+        self.phases = {function: phase for phase, function in PHASES[command].items()}
         self.moment, self.calls, self.inside = moment, Counter[str](), list[str]()
         self.kill: threading.Thread | None = None
         self._known: dict[CodeType, tuple[bool, str | None]] = {}
@@ -147,7 +162,7 @@ class _Watch:
         path = Path(code.co_filename)
         ours = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("cli", "finetune", "weights")
         name = f"{path.relative_to(ROOT).as_posix()} {code.co_qualname}" if ours else ""
-        self._known[code] = ours, next((phase for phase, function in PHASES.items() if function == name), None)
+        self._known[code] = ours, self.phases.get(name)
         return self._known[code]
 
     @staticmethod
@@ -156,17 +171,17 @@ class _Watch:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def count_calls(path: Path, rows: Path, chunk_bytes: int) -> None:
-    """Count the calls of each phase, and write them to a file as the run ends."""
+def count_calls(command: str, path: Path, rows: Path, chunk_bytes: int) -> None:
+    """Count the calls of each phase of a command, and write them to a file as the process ends."""
     log_rows(rows, chunk_bytes)
-    watch = _Watch(None)
+    watch = _Watch(command, None)
     Finalize(None, lambda: path.write_text("\n".join(f"{k} {n}" for k, n in watch.calls.items())), exitpriority=1)
     sys.setprofile(watch)
 
 
-def kill_at(moment: Moment, rows: Path, chunk_bytes: int) -> None:
-    """Let the process kill itself at a moment; a run that ends before the delay is over waits for it."""
+def kill_at(command: str, moment: Moment, rows: Path, chunk_bytes: int) -> None:
+    """Let the process kill itself at a moment of a command; one that ends before the delay is over waits for it."""
     log_rows(rows, chunk_bytes)
-    watch = _Watch(moment)
+    watch = _Watch(command, moment)
     Finalize(None, lambda: watch.kill and watch.kill.join(), exitpriority=1)
     sys.setprofile(watch)

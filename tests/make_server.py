@@ -26,12 +26,14 @@ class Server:
         address: of the server.
         files: path on the server → content.
         digests: path → the sha256 that the server states, where it is not the content's.
+        moved: path → the address that the server sends to instead.
         asked: what it was asked for, such as "GET /a.pth".
     """
 
     address: str
     files: dict[str, bytes] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
 
@@ -49,7 +51,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         def answer(self, *, body: bool) -> None:
             running.asked.append(f"{self.command} {self.path}")
             content = running.files.get(self.path)
-            self.send_response(404 if content is None else 200)
+            elsewhere = running.moved.get(self.path)
+            self.send_response(302 if elsewhere else 404 if content is None else 200)
+            if elsewhere:
+                self.send_header("Location", elsewhere)
             if content is None:
                 self.send_header("X-Error-Code", "EntryNotFound")
             else:

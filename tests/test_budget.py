@@ -16,7 +16,7 @@ from make_data import make_images, write_cifar100_python
 from make_run import metrics, model_bytes, tiny_recipe, write_weights
 from torch import nn
 
-from finetune import pipeline
+from finetune import pipeline, rundir
 from finetune.budget import Budget, PacedSchedule
 from finetune.events import Events
 from finetune.fit import Listener, Progress, Split, Trainer, fit
@@ -245,6 +245,21 @@ def test_evaluation_that_is_slower_than_planned(
     summary = run(long, tmp_path / "run", events=ticking(clock, []))
     assert 250 < summary["seconds"]["total"] <= 400
     assert summary["seconds"]["eval"] == 20 * (summary["epochs"] + 3)  # training images, validation once more, test
+
+
+def test_a_disk_that_is_slow(recipe: Recipe, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint shows it, and the files that are written after training fall within the budget."""
+    monkeypatch.setattr("finetune.fit.time", SimpleNamespace(perf_counter=clock))
+    written = rundir.write_atomically
+
+    def slow(*given: Any) -> None:
+        clock.now += 15 * (Path(given[0]).name == "checkpoint.pt")
+        written(*given)
+
+    monkeypatch.setattr(rundir, "write_atomically", slow)
+    summary = run(dataclasses.replace(recipe, epochs=40, budget="400s"), tmp_path / "run", events=ticking(clock, []))
+    assert 250 < summary["seconds"]["total"] <= 400 - 15
+    assert summary["ended_by_budget"]["of"] == 40
 
 
 def test_no_epoch_begins_when_evaluation_took_the_rest_of_the_time() -> None:

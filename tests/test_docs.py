@@ -20,7 +20,7 @@ COMMANDS = list(load("docs/make_cli.py").commands())
 IN_SITE = set(load("docs/site/hooks.py").contents(ROOT))
 
 HOSTS = {"github.com", "keepachangelog.com", "semver.org", "www.cs.toronto.edu", "download.pytorch.org"}
-OTHER_TOOLS = {"--editable", "--check", "--logdir"}  # options of pip, ruff and TensorBoard
+OTHER_TOOLS = {"--editable", "--require-hashes", "--requirement", "--no-deps", "--check", "--logdir", "--extra"}
 OTHER_TOOLS |= {  # of torchrun
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--rdzv-backend", "--no-python",
     "--max-restarts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -30,10 +31,15 @@ def path(request: pytest.FixtureRequest) -> Path:
     return found
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> set[str]:
     """The first part of every absolute import, wherever in the file it stands."""
     roots = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             roots.update(alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -81,7 +87,7 @@ def definitions(path: Path) -> list[tuple[str, Definition]]:
             else:
                 visit(child, inside)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), "")
+    visit(tree_of(path), "")
     return found
 
 
@@ -96,7 +102,7 @@ def test_lengths(path: Path) -> None:
 
 
 def test_everything_public_is_explained(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     assert ast.get_docstring(tree) or not tree.body, "the module does not say what it is"
     classes = {name for name, node in definitions(path) if isinstance(node, ast.ClassDef)}
     silent = []

@@ -10,24 +10,25 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from make_data import make_images, write_cifar100_python
+from make_process import finish, start
 from make_run import cifar_recipe, metrics, model_bytes, write_weights
 
 from finetune.events import Events
+from finetune.fit import Split, Trainer
 from finetune.pipeline import resume, run
 from finetune.recipe import Recipe, to_toml
 from weights.errors import RunError, StoppedError
 
-ROOT = Path(__file__).parents[1]
+Report = Callable[[int, int], None]
 
 
 @pytest.fixture(scope="module")
@@ -215,84 +216,49 @@ def test_a_run_in_use(recipe: Recipe, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-# Real processes. They are slow to start, so there are few of them.
-
-HELD = """
-import pathlib, time
-from cli.main import main
-from finetune.fit import Trainer
-
-whole = Trainer.train_epoch
-
-def train_epoch(self, split, epoch, report, stop):
-    def hold(done, of):
-        report(done, of)
-        if epoch == 1 and done == 3:
-            pathlib.Path("held").touch()
-            while not stop():
-                time.sleep(0.01)
-
-    return whole(self, split, epoch, hold, stop)
-
-Trainer.train_epoch = train_epoch
-main()
-"""
-"""The command line, with one change: after three steps of the second epoch it waits until it is asked to stop."""
+# Real processes.
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start python with arguments in the test's folder; no process survives the test."""
-    started: list[subprocess.Popen[str]] = []
+def hold_second_epoch() -> None:
+    """Make a run wait after three steps of its second epoch until it is asked to stop."""
+    whole = Trainer.train_epoch
 
-    def begin(*words: str) -> subprocess.Popen[str]:
-        # As many threads as here: sums over threads are otherwise added in another order.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-        )
-        started.append(process)
-        return process
+    def train_epoch(self: Trainer, split: Split, epoch: int, report: Report, stop: Callable[[], bool]) -> Any:
+        def hold(done: int, of: int) -> None:
+            report(done, of)
+            if epoch == 1 and done == 3:
+                Path("held").touch()
+                while not stop():
+                    time.sleep(0.01)
 
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+        return whole(self, split, epoch, hold, stop)
+
+    Trainer.train_epoch = train_epoch  # type: ignore[method-assign]
 
 
-def start_held(
-    start: Callable[..., subprocess.Popen[str]], recipe: Recipe, tmp_path: Path, *words: str
-) -> subprocess.Popen[str]:
+def start_held(recipe: Recipe, folder: Path, *words: str) -> BaseProcess:
     """Start a run into the folder `run` and return when it waits in its second epoch."""
-    (tmp_path / "own.toml").write_text(to_toml(recipe))
-    process = start("-c", HELD, "run", "--config", "own.toml", "--output", "run", *words)
-    while not (tmp_path / "held").exists():
-        if process.poll() is not None:
-            pytest.fail(f"the run ended first: {process.communicate()[1]}")
+    (folder / "own.toml").write_text(to_toml(recipe))
+    process = start(folder, "run", "--config", "own.toml", "--output", "run", *words, prepare=hold_second_epoch)
+    while not (folder / "held").exists():
+        if not process.is_alive():
+            pytest.fail(f"the run ended first: {(folder / 'err.txt').read_text()}")
         time.sleep(0.01)
-    assert len(metrics(tmp_path / "run")) == 1
+    assert len(metrics(folder / "run")) == 1
     return process
 
 
-def test_sigkill_in_the_second_epoch(
-    recipe: Recipe, whole: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_sigkill_in_the_second_epoch(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     """Killed for good, resumed by another process, compared with the run of a third, this one."""
-    process = start_held(start, recipe, tmp_path)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process = start_held(recipe, tmp_path)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    assert finish(process) == -signal.SIGKILL
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = start("-m", "cli.main", "run", "--resume", "run")
-    out, err = resumed.communicate()
-    assert resumed.returncode == 0, err
+    assert finish(start(tmp_path, "run", "--resume", "run")) == 0, (tmp_path / "err.txt").read_text()
+    err = (tmp_path / "err.txt").read_text()
     assert "epoch 1/3" not in err, "the finished epoch is not trained again"
     assert "epoch 2/3" in err
-    assert "kept in         run" in out
+    assert "kept in         run" in (tmp_path / "out.txt").read_text()
     assert model_bytes(tmp_path / "run") == model_bytes(whole)
     assert metrics(tmp_path / "run") == metrics(whole)
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == {entry.name for entry in whole.iterdir()}
@@ -300,14 +266,13 @@ def test_sigkill_in_the_second_epoch(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_signal_stops_a_run_so_that_it_can_go_on(
-    recipe: Recipe, whole: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]], number: signal.Signals
+    recipe: Recipe, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start_held(start, recipe, tmp_path, "--json")
-    process.send_signal(number)
-    out, err = process.communicate()
-    assert process.returncode == 130
-    assert out == "", "no summary of a run that is not finished"
-    assert err.splitlines()[-2:] == [
+    process = start_held(recipe, tmp_path, "--json")
+    os.kill(process.pid or 0, number)
+    assert finish(process) == 130
+    assert (tmp_path / "out.txt").read_text() == "", "no summary of a run that is not finished"
+    assert (tmp_path / "err.txt").read_text().splitlines()[-2:] == [
         "Stopping at the next step; press Ctrl-C again to end at once.",
         "Error: Stopped after epoch 1 of 3; what was finished is kept. Go on with: finetune run --resume run",
     ]

@@ -94,6 +94,41 @@ def test_plain_http_is_refused_except_on_this_machine(caches: Path) -> None:
         from_url("file:///a.pth", caches / "a.pth")
 
 
+def test_an_address_that_leads_to_plain_http_is_refused(server: Server, caches: Path) -> None:
+    """127.0.0.2 is this machine too, and nothing listens there; but only its usual names are trusted."""
+    server.moved[f"/{GOOD}"] = "http://127.0.0.2:9/a.pth?signed"
+    with pytest.raises(WeightsError, match=r"refused http://127\.0\.0\.2:9, to which it leads: only https addresses"):
+        from_url(f"{server.address}/{GOOD}", caches / "models" / GOOD)
+    assert files_under(caches) == []
+    server.moved[f"/{GOOD}"], server.files["/elsewhere"] = f"{server.address}/elsewhere", CONTENT
+    assert from_url(f"{server.address}/{GOOD}", caches / "models" / GOOD).read_bytes() == CONTENT
+
+
+def test_a_file_without_a_hash_is_not_fetched(server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_at(monkeypatch, server.address)
+    hub = "/timm/tiny/resolve/main/model.safetensors"
+    server.files |= {"/plain.pth": CONTENT, hub: CONTENT}
+    server.digests[hub] = "5" * 40  # what the hub states of a file in git itself
+    with pytest.raises(WeightsError) as error:
+        download(arch_at(f"{server.address}/plain.pth", hub="timm/tiny"))
+    assert "refused model.safetensors: the hub states no sha256 to check it with" in str(error.value)
+    assert "refused plain.pth: neither its name nor its server states a sha256 to check it with" in str(error.value)
+    assert server.asked == [f"HEAD {hub}"]
+    assert files_under(caches) == []
+
+
+def test_a_hub_at_plain_http_is_not_asked(server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`$HF_ENDPOINT` may name any address, and the hub may send to any."""
+    hub_at(monkeypatch, "http://127.0.0.2:9")
+    with pytest.raises(WeightsError, match=r"refused http://127\.0\.0\.2:9/timm/tiny/.*: only https addresses"):
+        download(arch_at(hub="timm/tiny"))
+    hub_at(monkeypatch, server.address)
+    server.moved["/timm/tiny/resolve/main/model.safetensors"] = "http://127.0.0.2:9/blob"
+    with pytest.raises(WeightsError, match=r"refused http://127\.0\.0\.2:9/blob: only https addresses"):
+        download(arch_at(hub="timm/tiny"))
+    assert files_under(caches) == []
+
+
 def test_the_hub_is_asked_first_and_its_cache_used(
     server: Server, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

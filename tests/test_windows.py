@@ -137,9 +137,9 @@ def test_windows_that_cannot_be_had_are_refused() -> None:
 
 
 def test_a_run_on_windows_is_the_same_cached_and_uncached_and_another_than_without(tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "photos")
+    write_image_folder(tmp_path / "photos", 24, 8)
     weights = write_weights(tmp_path / "test_resnet.safetensors")
-    recipe = tiny_recipe(tmp_path / "photos", weights, tmp_path / "cache", image_size=192, windows="on", epochs=3)
+    recipe = tiny_recipe(tmp_path / "photos", weights, tmp_path / "cache", image_size=160, windows="on", epochs=3)
     summary = run(recipe, tmp_path / "cached")
     assert summary["windows"]["sides"][0] < summary["windows"]["map"] == summary["windows"]["sides"][-1]
     run(dataclasses.replace(recipe, cache="off"), tmp_path / "live")

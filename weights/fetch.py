@@ -4,15 +4,21 @@ torchvision's own files come from torchvision's address, whose file name carries
 from the Hugging Face hub first (whose client checks the length alone: the sha256 that the hub states is checked here)
 and from timm's address second. Each client writes to its own cache, so other programs find the files too, and shows its
 own progress bar.
+
+What is asked for travels by https, also after a redirect, and a file whose sha256 nobody states is not fetched.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPMessage
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -22,7 +28,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from weights.arch import Arch, weights_url
 from weights.errors import WeightsError
 from weights.reach import trusted
-from weights.record import DIGITS_IN_NAME, file_sha256, recorded
+from weights.record import DIGITS_IN_NAME, SHA256, file_sha256
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names that timm's repositories on the hub keep weights under, in order of preference."""
@@ -116,17 +122,17 @@ def from_url(url: str, target: Path) -> Path:
         target: where it goes; a name such as `resnet18-f37072fd.pth` carries the first digits of its sha256.
 
     Raises:
-        WeightsError: when the address is not https, the server gives nothing, or the hash is wrong.
+        WeightsError: when the address is not https or leads to one that is not, the name carries no hash, the server
+            gives nothing, or the hash is wrong; nothing is left behind.
     """
-    if not trusted(url):
-        raise WeightsError(f"refused {url}: only https addresses are trusted")
+    _require_trusted(url)
     expected = DIGITS_IN_NAME.search(target.name)
+    if expected is None:
+        raise WeightsError(f"refused {target.name}: neither its name nor its server states a sha256 to check it with")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(TIMEOUT):
-            torch.hub.download_url_to_file(
-                url, str(target), hash_prefix=expected and expected[1], progress=sys.stderr.isatty()
-            )
+        with _socket_timeout(TIMEOUT), _trusted_redirects():
+            torch.hub.download_url_to_file(url, str(target), hash_prefix=expected[1], progress=sys.stderr.isatty())
     except OSError as error:  # urllib's errors and timeouts are OSErrors
         raise WeightsError(f"{getattr(error, 'reason', None) or error}") from error
     except RuntimeError as error:  # torch.hub's word for a wrong hash; its temporary file is already gone
@@ -158,9 +164,13 @@ def _from_hub(arch: Arch) -> Path:
         try:
             # One question without retries first: hf_hub_download retries for 25 seconds before it gives up.
             address = huggingface_hub.hf_hub_url(repo, name, revision=revision)
-            huggingface_hub.get_hf_file_metadata(address, timeout=TIMEOUT)
+            _require_trusted(address)  # $HF_ENDPOINT may name any
+            stated = huggingface_hub.get_hf_file_metadata(address, timeout=TIMEOUT)
+            _require_trusted(stated.location)
+            if not SHA256.fullmatch(stated.etag or ""):
+                raise WeightsError(f"refused {name}: the hub states no sha256 to check it with")
             path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, etag_timeout=TIMEOUT))
-            return _checked(path)
+            return _checked(path, str(stated.etag))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # its subclass for a network that went away
                 reason = "the connection was lost"
@@ -171,16 +181,45 @@ def _from_hub(arch: Arch) -> Path:
     raise WeightsError(reason)
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path, expected: str) -> Path:
     """Return a file of the Hugging Face cache, or throw it away: its client compares lengths and no hashes."""
-    record = recorded(path)
-    if record is None or record.agrees(digest := file_sha256(path)):
+    digest = file_sha256(path)
+    if digest == expected:
         return path
     path.resolve().unlink()
-    path.unlink()
+    path.unlink(missing_ok=True)  # a link to it, where the system has links
     raise WeightsError(
-        f"the file that came does not match its hash and was thrown away: expected {record.digits}, got {digest}"
+        f"the file that came does not match its hash and was thrown away: expected {expected}, got {digest}"
     )
+
+
+def _require_trusted(url: str) -> None:
+    if not trusted(url):
+        raise WeightsError(f"refused {url}: only https addresses are trusted")
+
+
+class _TrustedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow a redirect to an address that is trusted; urllib's own would go from https to http and ftp as well."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        """Return the request that follows."""
+        if not trusted(newurl):
+            place = f"{urlsplit(newurl).scheme}://{urlsplit(newurl).netloc}"  # the rest may be long, and signed
+            raise urllib.error.URLError(f"refused {place}, to which it leads: only https addresses are trusted")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@contextmanager
+def _trusted_redirects() -> Iterator[None]:
+    # torch.hub's client takes no opener either; it uses the one that is installed
+    before = getattr(urllib.request, "_opener", None)
+    urllib.request.install_opener(urllib.request.build_opener(_TrustedRedirects))
+    try:
+        yield
+    finally:
+        urllib.request.install_opener(before)
 
 
 @contextmanager

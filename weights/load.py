@@ -234,7 +234,10 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 def _damaged(path: Path, error: Exception) -> WeightsError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as gone:  # since it was opened
+        return WeightsError(f"Could not read the weights {path} ({gone.strerror}); give a file that can be read.")
     return WeightsError(
         f"{path.name} is truncated, damaged or not a weight file ({size:,} bytes: {reason}); copy or download it again."
     )

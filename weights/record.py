@@ -18,7 +18,7 @@ from weights.save import write_atomically
 
 SUFFIX = ".sha256"
 DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def recorded(path: Path, *, published: bool = False) -> Record | None:
         words = beside.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
         words = []
-    if words and _SHA256.fullmatch(words[0].lower()):
+    if words and SHA256.fullmatch(words[0].lower()):
         return Record(words[0].lower(), beside.name)
-    if path.is_symlink() and _SHA256.fullmatch(name := path.resolve().name):
+    if path.is_symlink() and SHA256.fullmatch(name := path.resolve().name):
         return Record(name, "the Hugging Face cache")
     found = DIGITS_IN_NAME.search(path.name) if published else None
     return Record(found[1], "its name") if found else None

@@ -7,6 +7,7 @@ writes its metadata in random order, so one key is what makes equal runs give eq
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -22,6 +23,7 @@ from weights.arch import Arch, resolve_arch
 from weights.errors import RunError, WeightsError
 
 METADATA_KEY = "finetune"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no more of this user's share, no larger file
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object] | bytes) -> None:
@@ -57,8 +59,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object] | bytes) ->
         refusal = error if isinstance(error, OSError) else error.__context__
         if not isinstance(refusal, OSError):
             raise
-        reason = refusal.strerror or str(refusal)
-        raise RunError(f"Could not write {path}: {reason}; free the space or choose another folder.") from refusal
+        raise cannot_write(path, refusal) from refusal
+
+
+def cannot_write(path: Path, refusal: OSError) -> RunError:
+    """Return the error for a file that the system does not let be written.
+
+    Args:
+        path: the file or folder.
+        refusal: the system's.
+    """
+    advice = "free the space" if refusal.errno in FULL else "make it writable"
+    return RunError(f"Could not write {path}: {refusal.strerror or refusal}; {advice} or choose another folder.")
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

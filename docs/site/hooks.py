@@ -25,8 +25,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("README.md", "docs/quickstart.md", "docs/guide-photos.md"),
     COMMANDS: ("docs/cli.md", "docs/commands/*.md"),
     GUIDES: ("docs/evaluation.md", "docs/assignments.md"),
-    "Reference": ("docs/data.md", "docs/weights.md", "docs/networks.md", "docs/precision.md", "docs/gpu.md",
-                  "docs/reliability.md"),
+    "Reference": (
+        "docs/data.md", "docs/weights.md", "docs/networks.md", "docs/precision.md", "docs/gpu.md",
+        "docs/reliability.md", "docs/supply.md",
+    ),
     "Troubleshooting": ("docs/troubleshooting.md",),
     "Measurements": (
         "docs/results.md", "docs/benchmarks.md", "docs/scale.md", "docs/log.md", "benchmarks/README.md",
