@@ -8,7 +8,7 @@ SUPPLY_STAMP := $(VENV)/.installed-supply
 KILLS ?= 100
 SOAK_SECONDS ?= 1200
 
-.PHONY: demo test test-all kill-test fault-test soak lint format docs docs-pages requirements sbom audit bench clean
+.PHONY: demo test test-all kill-test fault-test soak fuzz lint format docs docs-pages requirements sbom audit bench clean
 
 demo: $(STAMP)
 	$(BIN)/finetune demo
@@ -23,7 +23,7 @@ test-all: $(STAMP)
 kill-test: $(STAMP)
 	$(BIN)/python tests/kills.py --kills $(KILLS)
 
-# A disk that is full from any operation of a run on; `make test` tries one for each file.
+# A disk that is full from each kind of operation of a run on; `make test` tries the writes.
 fault-test: $(STAMP)
 	$(BIN)/python -m pytest tests/test_faults.py
 
@@ -31,12 +31,17 @@ fault-test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
+# `make test` reads a few damaged files of each kind; this goes on for FUZZ_SECONDS, and from where the last one ended.
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMP)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
-	$(BIN)/mypy supply
+	$(BIN)/mypy .ci/supply
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -52,13 +57,13 @@ docs-pages: $(STAMP)
 
 # The versions that are installed here, with hashes and without addresses (docs/supply.md).
 requirements: $(STAMP)
-	$(BIN)/python supply/requirements.py --output requirements.txt
+	$(BIN)/python .ci/supply/requirements.py --output requirements.txt
 
 sbom: $(SUPPLY_STAMP)
-	$(BIN)/python supply/sbom.py --output build/sbom.json
+	$(BIN)/python .ci/supply/sbom.py --output build/sbom.json
 
 audit: $(SUPPLY_STAMP)
-	$(BIN)/python supply/audit.py
+	$(BIN)/python .ci/supply/audit.py
 
 # Takes long, and the machine should have nothing else to do; results are written to benchmarks/results.
 bench: $(STAMP)

@@ -80,7 +80,7 @@ def decode_ours(folder: Path, size: int) -> Measured:
     start = time.perf_counter()
     raw = read_folder(folder, image_size=size, progress=lambda *_: None)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "images": len(raw.train), "mean": raw.train.images.double().mean().item()}
+    return {"seconds": seconds, "images": len(raw.train), "mean": raw.train.images[:].double().mean().item()}
 
 
 def decode_theirs(folder: Path, size: int, workers: int, batch: int) -> Measured:

@@ -61,7 +61,7 @@ def plain_loop(part: Path, arch: str, batch: int, device: str = "cpu", workers: 
         """PIL images with a transform, as torchvision's CIFAR100 holds them."""
 
         def __init__(self) -> None:
-            self.arrays = splits.train.images.permute(0, 2, 3, 1).contiguous().numpy()
+            self.arrays = splits.train.images[:].permute(0, 2, 3, 1).contiguous().numpy()
             self.labels = splits.train.labels.tolist()
 
         def __len__(self) -> int:

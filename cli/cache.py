@@ -42,14 +42,22 @@ def list_command(
         [
             e.key[:12],
             size(e.bytes),
-            datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"),
-            f"{e.about.get('rows', 0):,}",
+            _date(e.used),
+            f"{rows:,}" if isinstance(rows := e.about.get("rows", 0), int) else "?",
             *_named(e.about),
         ]
         for e in entries
     ]
     print_table(str(folder), columns, table)
     print_lines(["", f"{len(entries)} entries, {size(sum(e.bytes for e in entries))}"])
+
+
+def _date(seconds: float) -> str:
+    """Return a time for people; a file may be dated thousands of years ahead."""
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def _named(about: dict[str, Any]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ Everything goes to standard error, so that standard output holds results alone (
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,9 @@ from finetune.events import Pace, epoch_line
 
 if TYPE_CHECKING:
     from finetune.plan import Plan
+
+_ACTED_ON = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters, the line feed among them, line separators, and marks that turn the direction of writing."""
 
 WIDEST, LEAST = 40, 20  # columns of a LongTable beside the first one, and the first one: what is longer is folded
 
@@ -56,7 +60,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Print a sentence."""
-        self.console.print(text, markup=False, style="dim" if self.live else None)
+        self.console.print(Text(printable(text)), style="dim" if self.live else None)
 
     def interrupted(self, text: str) -> None:
         """Print a sentence from a signal handler.
@@ -72,12 +76,12 @@ class Screen:
         """Print the plan."""
         self._end_bar()
         for line in plan.sentences():
-            self.console.print(line, markup=False)
+            self.console.print(Text(printable(line)))
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Print a finished epoch's figures."""
         self._end_bar()
-        self.console.print(epoch_line(row, epochs), markup=False)
+        self.console.print(Text(printable(epoch_line(row, epochs))))
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far something has come."""
@@ -87,7 +91,7 @@ class Screen:
         if self.live:
             self._show_bar(what, done, total)
         elif (line := self._pace.line(what, done, total)) is not None:
-            self.console.print(line, markup=False)
+            self.console.print(Text(printable(line)))
         if total and done >= total:
             self._end_bar()
 
@@ -107,7 +111,7 @@ class Screen:
     def _show_bar(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -117,7 +121,7 @@ class Screen:
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(what, total=total or None)
+            self._task = self._bar.add_task(printable(what), total=total or None)
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
 
@@ -127,10 +131,24 @@ class Screen:
         self._bar, self._task, self._what = None, None, ""
 
 
+def printable(text: str) -> str:
+    """Return text with escapes in place of what a terminal would act on: control characters, and marks that turn the
+    direction of writing. Names of files and classes come from strangers, and may hold commands for the terminal.
+
+    Args:
+        text: one line.
+    """
+    return _ACTED_ON.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
+
+
 def print_error(text: str) -> None:
     """Print an error's one text to standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]Error:[/] ", end="")
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_table(title: str, columns: list[tuple[str, str]], rows: list[list[str]]) -> None:
@@ -139,14 +157,17 @@ def print_table(title: str, columns: list[tuple[str, str]], rows: list[list[str]
     Args:
         title: above the table.
         columns: (heading, "left" or "right").
-        rows: texts, printed as they are.
+        rows: texts, printed as they are but for control characters.
     """
     console = Console(highlight=False)
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # Text, because rich takes plain strings for its markup: a class may be called [bold].
+    table = Table(
+        title=_text(title), title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for heading, justify in columns:
-        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+        table.add_column(_text(heading), justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*[cell.replace("[", r"\[") for cell in row])
+        table.add_row(*map(_text, row))
     console.print(table)
 
 
@@ -162,7 +183,7 @@ class LongTable:
     def __init__(self, title: str, columns: list[tuple[str, str, Iterable[str]]]) -> None:
         self.title, self.columns = title, columns
         self.console = Console(highlight=False)
-        widest = [max(cell_len(text) for text in (heading, *texts)) for heading, _, texts in columns]
+        widest = [max(cell_len(printable(text)) for text in (heading, *texts)) for heading, _, texts in columns]
         beside = [min(width, WIDEST) for width in widest[1:]]
         self.widths = [max(LEAST, min(widest[0], self.console.width - sum(width + 2 for width in beside))), *beside]
         self._begun = False
@@ -171,17 +192,17 @@ class LongTable:
         """Print rows; above the first ones title and headings."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=not self._begun)
         if not self._begun:
-            self.console.print(Text(self.title, style="bold"))
+            self.console.print(Text(printable(self.title), style="bold"))
         self._begun = True
         for (heading, justify, _), width in zip(self.columns, self.widths, strict=True):
             side: Literal["left", "right"] = "right" if justify == "right" else "left"
             table.add_column(heading, justify=side, overflow="fold", width=width)
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(_text, row))
         self.console.print(table)
 
 
 def print_lines(lines: list[str]) -> None:
-    """Print lines to standard output as they are."""
+    """Print lines to standard output, as they are but for control characters."""
     for line in lines:
-        print(line)
+        print(printable(line))

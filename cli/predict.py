@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
-from cli.console import LongTable, Screen, print_lines
+from cli.console import LongTable, Screen, print_lines, printable
 from finetune.recipe import Recipe
 from weights.errors import DataError, UsageError
 
@@ -74,6 +74,9 @@ def predict_command(
     if unreadable:
         images = "1 image" if unreadable == 1 else f"{unreadable:,} images"
         raise DataError(f"{images} of {done:,} could not be read; replace or remove what is named above.")
+
+
+FORMULA = ("=", "+", "-", "@")  # how formulas of spreadsheets begin; an apostrophe before them makes them text
 
 
 def _lines() -> Iterator[str]:
@@ -139,8 +142,8 @@ class Csv:
         """Print some lines."""
         self._begin()
         for one in predictions:
-            cells = [value for each in one.topk for value in (each.name, each.probability)]
-            self._writer.writerow([_printable(one.path), *cells])
+            cells = [value for each in one.topk for value in (plain_cell(each.name), each.probability)]
+            self._writer.writerow([plain_cell(_printable(one.path)), *cells])
 
     def end(self) -> None:
         """Print the heading, if no image has brought it."""
@@ -150,6 +153,12 @@ class Csv:
         if self._heading:
             self._writer.writerow(self._heading)
         self._heading = []
+
+
+def plain_cell(text: str) -> str:
+    """Return a name as a cell of CSV that a spreadsheet shows and does not compute; JSON has names as they are."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 class Rows:

@@ -11,6 +11,7 @@ import torch
 from finetune.networks import NETWORKS, PREFIX, settings_of
 from finetune.recipe import Recipe, flag
 from weights.arch import Arch, resolve_arch
+from weights.check import check_room
 from weights.errors import UsageError, WeightsError, near_matches
 from weights.locate import Found
 
@@ -101,12 +102,14 @@ def _require_sound(name: str, stated: dict[str, Any], found: Found) -> None:
     """Build the network without values, to see that it can have these settings."""
     try:
         with torch.device("meta"):
-            NETWORKS[name](**stated)
-    except (UsageError, TypeError, ValueError) as error:
+            outline = NETWORKS[name](**stated)
+    except (UsageError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"The config.json of the weights ({found.source}) has model_args that {PREFIX}{name} cannot have "
             f"({str(error).rstrip('.')}); mend it, or give the weights alone in another folder."
         ) from error
+    if found.path is not None:
+        check_room(PREFIX + name, found.path, outline)
 
 
 def _ours(arch: Arch) -> str:

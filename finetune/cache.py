@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,16 @@ from filelock import FileLock, Timeout
 
 from finetune.machine import user_cache
 from weights.errors import RunError
+from weights.guard import parse_json, read_bytes, read_json, refuse_link
 from weights.save import write_atomically
 
 FORMAT = 1
 CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any prefix, and large enough to write fast
+
+
+_OWN = re.compile(r"about\.json|chunks\.jsonl|tensor-\d+\.bin")
+"""The files of an entry. A folder that holds anything else is not the cache's and is never deleted to make room: a
+stranger's recipe may name any folder as the cache."""
 
 
 def default_cache_dir() -> Path:
@@ -78,7 +85,7 @@ class Entry:
     @property
     def lock(self) -> FileLock:
         """The lock that a writer holds; several entries are locked in the order of their keys."""
-        return FileLock(self.folder.with_suffix(".lock"))
+        return _lock(self.folder.with_suffix(".lock"))
 
     def open(self, about: Mapping[str, Any]) -> None:
         """Create the entry's files where absent and read its journal; call with the lock held.
@@ -92,6 +99,7 @@ class Entry:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_links()
             for number, size in enumerate(self.row_bytes):
                 path = self._tensor(number)
                 if not path.exists() or path.stat().st_size != size * self.rows:
@@ -107,6 +115,12 @@ class Entry:
             raise cannot_write(self.folder, refusal) from refusal
         self.load_journal()
 
+    def _refuse_links(self) -> None:
+        """Refuse an entry that would be written elsewhere; nothing in the cache is a link."""
+        refuse_link(self.folder)
+        for path in self.folder.iterdir():
+            refuse_link(path)
+
     def load_journal(self) -> None:
         """Read which chunks are there; an entry that was never opened has none."""
         self._sums = self._read_journal()
@@ -121,14 +135,14 @@ class Entry:
     def _read_journal(self) -> dict[int, list[int]]:
         sums: dict[int, list[int]] = {}
         try:
-            lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
+            lines = read_bytes(self._journal).decode(errors="replace").splitlines()
+        except (OSError, ValueError):
             return sums
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 sums[int(row["chunk"])] = [int(value) for value in row["crc32"]]
-            except (ValueError, KeyError, TypeError):
+            except (ArithmeticError, ValueError, KeyError, TypeError):
                 continue  # a line that a kill cut short: its chunk does not count as written
         return sums
 
@@ -230,6 +244,16 @@ class Entry:
         return self._maps
 
 
+def _lock(path: Path, timeout: float = -1) -> FileLock:
+    """Return a lock of the cache; older versions of filelock would empty the file that a link leads to.
+
+    Raises:
+        OSError: it is a link.
+    """
+    refuse_link(path)
+    return FileLock(path, timeout=timeout)
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a contiguous tensor's bytes without a copy."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -268,15 +292,18 @@ def list_entries(cache_dir: Path) -> list[Stored]:
     found = []
     for folder in (cache_dir / "features").glob("*/"):
         try:
-            size = sum(file.stat().st_size for file in folder.iterdir())
+            files = list(folder.iterdir())
+            if folder.is_symlink() or not all(_OWN.fullmatch(file.name) for file in files):
+                continue
+            size = sum(file.lstat().st_size for file in files)
             used = folder.stat().st_mtime
         except OSError:
             continue  # another run is clearing it
         try:
-            about = json.loads((folder / "about.json").read_text())
+            about = read_json(folder / "about.json")
         except (OSError, ValueError):
             about = {}
-        found.append(Stored(folder.name, folder, size, used, about))
+        found.append(Stored(folder.name, folder, size, used, about if isinstance(about, dict) else {}))
     return sorted(found, key=lambda entry: entry.used, reverse=True)
 
 
@@ -288,9 +315,9 @@ def clear(cache_dir: Path, entries: Sequence[Stored]) -> int:
     freed = 0
     for entry in entries:
         try:
-            with FileLock(cache_dir / "features" / f"{entry.key}.lock", timeout=0):
+            with _lock(cache_dir / "features" / f"{entry.key}.lock", timeout=0):
                 shutil.rmtree(entry.folder, ignore_errors=True)
-        except (Timeout, OSError):
+        except (Timeout, OSError):  # another run's, or not to be written
             continue
         if not entry.folder.exists():
             freed += entry.bytes

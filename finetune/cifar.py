@@ -12,11 +12,10 @@ import gzip
 import posixpath
 import re
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from finetune.images import ImageSet, RawData, first_few
 from finetune.unpickle import as_text, describe, load_pickle
 from weights.errors import DataError, UsageError
+from weights.guard import read_bytes, require_regular, shortened
 
 Kind = Literal["cifar10", "cifar100"]
 Pixels = NDArray[np.uint8]
@@ -33,12 +33,23 @@ Labels = NDArray[np.int64]
 KINDS: tuple[Kind, ...] = ("cifar10", "cifar100")
 PIXELS = 3 * 32 * 32
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
-LARGEST_MEMBER = 1 << 30
+LARGEST_FILE = 1 << 30
 """Bytes. The largest published file has 155 MB; more than this is no CIFAR, and is not read into memory."""
 
+LARGEST_NAMES = 1 << 20
+"""Bytes of a file with class names; the published ones have a few kB."""
+
+LARGEST_UNPACKED = 1 << 29
+"""Bytes that an archive may unpack to. The published ones have 186 MB; gzip makes a thousand times less of zeros."""
+
+MOST_MEMBERS = 10_000
+"""Files and folders in an archive. The published ones have about ten."""
+
+ATTEMPTS = 100  # reads behind the end of an archive; a sound one needs two
+
 _KNOWN_FILE = re.compile(
-    r"(train|test|meta|batches\.meta|test_batch|data_batch_\d+)"
-    r"|((train|test|test_batch|data_batch_\d+)\.bin|(batches\.meta|fine_label_names|coarse_label_names)\.txt)"
+    r"(train|test|meta|batches\.meta|test_batch|data_batch_\d{1,4})"
+    r"|((train|test|test_batch|data_batch_\d{1,4})\.bin|(batches\.meta|fine_label_names|coarse_label_names)\.txt)"
 )
 
 
@@ -71,7 +82,7 @@ def cifar_folder(folder: Path) -> CifarFiles | None:
     layout = _recognise(folder, names)
     if layout is None:
         return None
-    return CifarFiles(folder, *layout, names, lambda name: (folder / name).read_bytes())
+    return CifarFiles(folder, *layout, names, lambda name: _file(folder / name))
 
 
 def cifar_archive(archive: Path) -> CifarFiles:
@@ -81,9 +92,15 @@ def cifar_archive(archive: Path) -> CifarFiles:
         DataError: the archive is damaged, holds a path that leaves it, or does not hold exactly one CIFAR layout.
     """
     try:
+        require_regular(archive)
         folders = _members(archive)
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-        raise DataError(f"{archive} cannot be read as a .tar.gz ({error}); fetch it again.") from error
+    except DataError:
+        raise
+    except Exception as error:  # damaged bytes make the readers of archives raise nearly anything
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise  # the system does not give the file
+        reason = shortened(str(error) or type(error).__name__)
+        raise DataError(f"{archive} cannot be read as a .tar.gz ({reason}); fetch it again.") from error
     found = []
     for contents in folders.values():
         layout = _recognise(archive, frozenset(contents))
@@ -144,12 +161,18 @@ def _members(archive: Path) -> dict[PurePosixPath, dict[str, bytes]]:
     that are stored uncompressed would go unnoticed.
     """
     folders: dict[PurePosixPath, dict[str, bytes]] = {}
-    with gzip.open(archive) as stream:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
+    with gzip.open(archive) as unpacked:
+        stream = _Limited(cast(BinaryIO, unpacked))
+        # "r|" reads forward only, so that no member can lead the reader round in a circle.
+        with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it needs `read` alone
+            for number, member in enumerate(tar, start=1):
                 _refuse_outside(archive, member)
+                if number > MOST_MEMBERS:
+                    raise ValueError(f"it has more than {MOST_MEMBERS:,} members, and CIFAR about ten")
+                if not 0 <= member.size <= LARGEST_UNPACKED:
+                    raise ValueError(f"its member {number:,} has {member.size:,} bytes, and none of CIFAR's has")
                 path = PurePosixPath(member.name)
-                if not member.isfile() or not _KNOWN_FILE.fullmatch(path.name) or member.size > LARGEST_MEMBER:
+                if not member.isreg() or member.issparse() or not _KNOWN_FILE.fullmatch(path.name):
                     continue
                 content = tar.extractfile(member)
                 if content is not None:
@@ -157,6 +180,40 @@ def _members(archive: Path) -> dict[PurePosixPath, dict[str, bytes]]:
         while stream.read(1 << 20):
             pass
     return folders
+
+
+class _Limited:
+    """A stream that ends with an error after LARGEST_UNPACKED bytes, or when it is read on and on behind its end.
+
+    Args:
+        stream: what is read.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._read, self._behind = stream, 0, 0
+
+    def read(self, size: int) -> bytes:
+        """Return at most this many bytes."""
+        content = self._stream.read(min(size, LARGEST_UNPACKED))
+        self._read += len(content)
+        self._behind += not content
+        if self._read > LARGEST_UNPACKED:
+            raise ValueError(f"it unpacks to more than {LARGEST_UNPACKED:,} bytes, and CIFAR has less")
+        if self._behind > ATTEMPTS:
+            raise ValueError("it ends too early")
+        return content
+
+
+def _file(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        DataError: it is too large to be CIFAR's.
+    """
+    try:
+        return read_bytes(path, LARGEST_FILE)
+    except ValueError as error:
+        raise DataError(f"{path} cannot be CIFAR: {error}; fetch the data set again.") from error
 
 
 def _refuse_outside(archive: Path, member: tarfile.TarInfo) -> None:
@@ -225,11 +282,13 @@ def _class_names(files: CifarFiles, labels: str) -> tuple[str, ...]:
     if labels == "coarse" and files.binary and name not in files.names:
         raise UsageError(f"--labels coarse needs coarse labels, but {files.place} has no file {name}.")
     _require(files, name)
-    path = files.place / name
+    path, content = files.place / name, files.read(name)
+    if len(content) > LARGEST_NAMES:
+        raise DataError(f"{path} has {len(content):,} bytes, too many for names of classes; fetch the data set again.")
     if files.binary:
-        names = [line.strip() for line in files.read(name).decode("utf-8", "replace").splitlines() if line.strip()]
+        names = [line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
     else:
-        meta = load_pickle(files.read(name), path)
+        meta = load_pickle(content, path)
         if key not in meta and labels == "coarse":
             raise UsageError(f"--labels coarse needs coarse labels, but {path} names none.")
         listed = meta.get(key)
@@ -270,7 +329,7 @@ def _read_pickle(files: CifarFiles, name: str, labels: str) -> tuple[Pixels, Lab
         raise UsageError(f"--labels coarse needs coarse labels, but {path} has none.")
     pixels, listed = batch.get("data"), batch.get(key)
     if pixels is None or listed is None:
-        keys = first_few(sorted(batch)) or "none"
+        keys = first_few(sorted(map(shortened, batch))) or "none"
         raise DataError(f"{path} has the keys {keys}; expected data and {key}: fetch the data set again.")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
         raise DataError(
@@ -288,7 +347,8 @@ def _read_pickle(files: CifarFiles, name: str, labels: str) -> tuple[Pixels, Lab
             f"{path} holds {len(pixels):,} images but {len(numbers):,} {key}; expected one label an image: "
             "fetch the data set again."
         )
-    parts = re.search(r"of (\d+)$", as_text(batch.get("batch_label", "")))
+    label = batch.get("batch_label", "")
+    parts = re.search(r"of (\d{1,4})$", as_text(label) if isinstance(label, bytes | str) else "")
     if files.kind == "cifar10" and name != "test_batch" and parts and f"data_batch_{parts[1]}" not in files.names:
         raise DataError(
             f"{path} is one of {parts[1]} batches, but data_batch_{parts[1]} is not in {files.place}; "

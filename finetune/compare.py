@@ -5,15 +5,16 @@ Runs are compared only on the same images: the data set and the test split must 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.recipe import AUTO, Recipe, from_table, peak_rate, read_toml, to_table
-from finetune.rundir import METRICS, RECIPE, SUMMARY
-from weights.errors import RunError, UsageError
+from finetune.results import read_results
+from finetune.rundir import RECIPE
+from weights.errors import UsageError
+from weights.guard import shortened
 
 # Settings that say where and how fast, not what was learned: a difference in them explains no accuracy.
 PLACES = (
@@ -187,7 +188,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     first = runs[0]
     for run in runs[1:]:
         for key, what in (("sha256", "data"), ("test_sha256", "test images")):
-            if run.summary["data"][key] != first.summary["data"][key]:
+            if run.summary["data"].get(key) != first.summary["data"].get(key):
                 raise UsageError(
                     f"{first.path} and {run.path} were made on different {what} ({first.summary['data']['name']} and "
                     f"{run.summary['data']['name']}), so their results cannot be compared; give runs on the same data."
@@ -239,13 +240,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path, name: str) -> RunResult:
-    try:
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        reason = f"{SUMMARY} or {METRICS}: {error.strerror}" if isinstance(error, OSError) else error
-        raise RunError(
-            f"{path} is no finished run ({reason}); give a folder that finetune run or finetune baseline has finished."
-        ) from error
-    return RunResult(name, str(path), summary, rows, read_toml(path / RECIPE))
+    summary, rows = read_results(path)
+    table = read_toml(path / RECIPE)
+    known = {setting: value for setting, value in table.items() if setting in to_table(Recipe())}
+    # What this version does not know is shown all the same, as a text.
+    others = {setting: shortened(str(value)) for setting, value in table.items() if setting not in known}
+    return RunResult(name, str(path), summary, rows, {**_typed(known, path), **others})
+
+
+def _typed(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return settings as `to_table` has them, only those that are there."""
+    whole = to_table(from_table(table, str(path / RECIPE)))
+    return {setting: whole[setting] for setting in table}

@@ -22,7 +22,7 @@ from finetune.cifar import (
     read_cifar,
 )
 from finetune.downloads import data_cache, download_cifar, not_found
-from finetune.folder import has_classes, has_splits, read_folder, subfolders
+from finetune.folder import has_classes, has_splits, read_folder, refuse_links_out, subfolders
 from finetune.images import DataSplits, Progress, RawData, first_few
 from finetune.samples import read_shards
 from finetune.shapes import SHAPES, draw_shapes
@@ -200,9 +200,13 @@ def _at_path(path: Path) -> CifarFiles | ShardSet | Path:
     within = _data_sets_in(path)
     if within and not has_splits(path):
         chosen = _only(within, path, "give --data the path of one")
-        found = chosen if chosen.is_dir() and has_splits(chosen) else _open_cifar(chosen)
+        if chosen.is_dir() and has_splits(chosen):
+            refuse_links_out(path)
+            return chosen
+        found = _open_cifar(chosen)
         if found is not None:
             return found
+    refuse_links_out(path)
     if has_splits(path) or has_classes(path):
         return path
     if (shards := find_shards(path) or _shards_below(path)) is not None:

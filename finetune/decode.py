@@ -5,11 +5,14 @@ Legend: N images, C = 3 channels (RGB), side S.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from finetune.images import Progress
 from finetune.tar import Member
 from weights.errors import DataError
+from weights.guard import require_regular
 
 ImageFile = Path | Member
 """A file, or one within a shard."""
@@ -38,6 +42,16 @@ NAMED = 3
 LONGEST = 3
 """Times its shorter side that an image may be long when it is resized: what lies beyond is cropped off before. A strip
 of 1 x 50,000 pixels would otherwise be blown up whole for the sake of its centre square."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+"""What is read, in Pillow's words, whatever a file's suffix. Pillow knows more, and some do more than decode: EPS is a
+program that is handed to Ghostscript, others go to programs of the system or to files beside them."""
+
+LARGE = 64_000_000
+"""Pixels of 8-bit RGB or grey; of other kinds, which are converted by way of wider numbers, a quarter. Images with more
+are decoded one at a time: at Pillow's limit, 90 million, one takes up to 2 GB, and there may be many threads."""
+
+_one_at_a_time = threading.Lock()
 
 TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,11 +72,6 @@ class _Outcome:
 
     unreadable: list[tuple[int, str]] = field(default_factory=list)
     other_size: bool = False
-
-
-def open_image(file: ImageFile) -> Image.Image:
-    """Open an image file, or one within a shard; pixels are not read yet."""
-    return Image.open(file if isinstance(file, Path) else io.BytesIO(file.read()))
 
 
 def decode_files(
@@ -120,6 +129,26 @@ def decode_image(file: ImageFile, side: int, *, resize: bool = True) -> NDArray[
         return to_square(upright(opened), side)
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return which of `FORMATS` this Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(file: ImageFile | str | os.PathLike[str]) -> Image.Image:
+    """Open an image file of one of `FORMATS`, or one within a shard; nothing is decoded yet.
+
+    Raises:
+        OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read.
+        Image.DecompressionBombError: more than twice the pixels of Pillow's limit.
+    """
+    if isinstance(file, Member):
+        return Image.open(io.BytesIO(file.read()), formats=formats())
+    require_regular(Path(file))
+    return Image.open(file, formats=formats())
+
+
 def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     """Bring the shorter side of an 8-bit RGB image to S and keep the centre square: uint8 (3, S, S)."""
     width, height = image.size
@@ -137,9 +166,11 @@ def upright(opened: Image.Image) -> Image.Image:
     Raises:
         OSError, SyntaxError, ValueError, RuntimeError: as for `decode_image`.
     """
-    opened.load()
-    turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
-    return to_rgb(opened if turn is None else opened.transpose(turn))
+    weight = opened.width * opened.height * (1 if opened.mode in ("RGB", "L") else 4)
+    with _one_at_a_time if weight > LARGE else nullcontext():
+        opened.load()
+        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+        return to_rgb(opened if turn is None else opened.transpose(turn))
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -160,7 +191,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Mode I is how Pillow opens some 16-bit greys; nothing else in a picture file has 32-bit integers.
-        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        wide = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")

@@ -13,7 +13,7 @@ import torch
 from finetune.data import read_data
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet, RawData, first_few
-from finetune.recipe import Recipe, read_toml
+from finetune.recipe import Recipe, from_table, read_toml
 from finetune.rundir import RECIPE
 from finetune.splits import make_splits, pixel_digests
 from finetune.trained import Trained
@@ -80,14 +80,13 @@ def _own_data(trained: Trained, data_dir: Path | None) -> tuple[str, Path | None
     path = trained.folder / RECIPE
     if not path.is_file():
         raise UsageError(f"--data is missing, and {trained.folder} holds no {RECIPE} that names the data; give --data.")
-    table = read_toml(path)
-    own = table.get("data_dir", "auto")
-    return str(table.get("data", "")), data_dir or (None if own == "auto" else Path(own))
+    own = {name: value for name, value in read_toml(path).items() if name in ("data", "data_dir")}
+    recipe = from_table({"data": "", **own}, str(path))
+    return recipe.data, data_dir or recipe.data_dir
 
 
 def _is_of_the_run(trained: Trained, splits: DataSplits) -> bool:
-    summary = trained.summary() or {}
-    return bool(summary.get("data", {}).get("sha256") == splits.sha256)
+    return trained.said_of_data().get("sha256") == splits.sha256
 
 
 def _learned(

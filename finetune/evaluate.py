@@ -174,7 +174,7 @@ def evaluate(
         temperature=trained.temperature.value,
         reason=trained.temperature.reason,
         repeated=None if chosen.learned is None else repeated_images(chosen.images, chosen.learned),
-        uneven_training=bool((trained.summary() or {}).get("data", {}).get("uneven")),
+        uneven_training=bool(trained.said_of_data().get("uneven")),
     )
 
 

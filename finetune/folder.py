@@ -51,6 +51,9 @@ SPLIT_NAMES = {
 }
 """What people call the folder of a split, in any case."""
 
+FOLLOW = "FINETUNE_FOLLOW_LINKS"
+"""Environment variable: with any value, links that lead out of a data folder are followed."""
+
 SKIPPED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 
@@ -62,6 +65,31 @@ class _Listing:
     labels: list[int] = field(default_factory=list)
     loose: list[Path] = field(default_factory=list)
     strays: list[Path] = field(default_factory=list)
+
+
+def refuse_links_out(root: Path) -> None:
+    """Refuse a folder with links that lead out of it: whoever packed it would choose which files are read.
+
+    Raises:
+        DataError: there is one, and nobody has said that links are to be followed.
+        OSError: a folder that cannot be listed.
+    """
+    if os.environ.get(FOLLOW):
+        return
+    inside = os.path.realpath(root)
+    folders = [inside]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(inside):
+                    raise DataError(
+                        f"{entry.path} is a link that leads out of {root}; expected a folder that holds its own "
+                        f"images, so copy what it leads to, or set {FOLLOW}=1 if the links are your own."
+                    )
 
 
 def has_splits(root: Path) -> bool:
@@ -211,6 +239,8 @@ def subfolders(folder: Path) -> Iterator[Path]:
 
 def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, hidden ones left out; links are followed, but never round in a circle.
+
+    Whoever begins with a folder of somebody else's calls `refuse_links_out` first.
 
     Raises:
         OSError: a folder that cannot be listed: its images would be missing without a word.

@@ -6,6 +6,8 @@ Nothing here imports torch, so that a wrong flag is answered at once.
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from weights.errors import RunError, UsageError
 
 AXES = ("train_layers", "lr", "weight_decay", "shots")
 SWEEP = "sweep.toml"
+MOST_RUNS = 10_000  # of one sweep; a folder each
 LONGEST_LAYERS = 80  # letters; folder names may have 255, and the other settings want some of them
 
 
@@ -64,7 +67,8 @@ class Grid:
         found = []
         for number, layers in enumerate(self.train_layers, start=1):
             joined = "+".join(layers)
-            label = joined if len(joined) <= LONGEST_LAYERS else f"cut{number}"
+            plain = re.fullmatch(r"\w[\w.+-]*", joined)  # it becomes the name of a folder
+            label = joined if plain and len(joined) <= LONGEST_LAYERS else f"cut{number}"
             for lr, decay, shots in itertools.product(self.lr, self.weight_decay, self.shots):
                 parts = [label]
                 parts += [f"lr{AUTO if lr is None else repr(lr)}"] if len(self.lr) > 1 else []
@@ -80,6 +84,9 @@ class Grid:
         Raises:
             UsageError: a setting that cannot be right, or a combination that comes twice.
         """
+        runs = math.prod(map(len, (self.train_layers, self.lr, self.weight_decay, self.shots)))
+        if runs > MOST_RUNS:
+            raise UsageError(f"These values make {runs:,} runs; give fewer, {MOST_RUNS:,} runs at most.")
         for candidate in self.candidates(recipe):
             check(candidate.recipe)
         rates = [peak_rate(replace(recipe, lr=lr)) for lr in self.lr]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from finetune.outcome import test_figures
 from finetune.predictions import illustrate, write_predictions
 from finetune.recipe import Recipe
 from finetune.report import write_report
-from finetune.rundir import METRICS, PREDICTIONS, open_run_directory
+from finetune.results import read_results
+from finetune.rundir import PREDICTIONS, open_run_directory
 from finetune.trained import load_trained
 from weights.errors import RunError
 
@@ -44,9 +44,9 @@ def read_test(folder: Path, images: ImageSet, events: Events) -> dict[str, Any]:
     """
     directory, recipe = open_run_directory(folder)
     with directory:
-        summary = directory.read_summary()
-        if summary is None:
+        if directory.read_summary() is None:
             raise RunError(f"{folder} is no finished run; go on with finetune run --resume {folder}")
+        summary, rows = read_results(folder)
         trained = load_trained(folder)
         batch = evaluation_batch(trained.recipe or Recipe())
         device = pick_device(recipe.device)
@@ -62,7 +62,6 @@ def read_test(folder: Path, images: ImageSet, events: Events) -> dict[str, Any]:
         summary["data"] |= {"test": len(images), "uneven": uneven}
         predictions = illustrate(logits, images.labels, images.images)
         write_predictions(folder / PREDICTIONS, predictions)
-        rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines() if line]
         directory.write_recipe(replace(recipe, hold_test=False))
         write_report(folder, summary, rows, trained.classes, predictions)
         directory.write_summary(summary)

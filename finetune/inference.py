@@ -54,7 +54,7 @@ def announced(
 
 def evaluation_batch(recipe: Recipe) -> int:
     """Return how many images are evaluated at a time: without gradients, twice a training batch fits where one does."""
-    return min(256, 2 * (recipe.batch_size or 128))
+    return min(256, max(1, 2 * (recipe.batch_size or 128)))  # a stranger's checkpoint may state any number
 
 
 def predict(

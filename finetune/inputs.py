@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from finetune.folder import described, is_image, walk
+from finetune.folder import described, is_image, refuse_links_out, walk
 from weights.errors import DataError, UsageError
 
 LISTED = "-"  # what stands for a list on standard input, as for many a Unix tool
@@ -97,6 +97,7 @@ def _in_list(lines: Iterable[str]) -> tuple[list[str], list[Path]]:
 
 
 def _in_folder(folder: Path) -> tuple[list[str], list[Path]]:
+    refuse_links_out(folder)
     files = sorted(walk(folder), key=lambda file: file.parts)
     return [str(file) for file in files if is_image(file)], [file for file in files if not is_image(file)]
 

@@ -214,7 +214,8 @@ def _held(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Without its history: a saved output that led back to its graph would never be freed, nor what trained.
+        return tensor.detach()
 
     inputs = tuple(torch.zeros(images, *shape, device=device) for shape in shapes)
     mode = suffix.training

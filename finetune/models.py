@@ -65,7 +65,7 @@ def find_weights(recipe: Recipe) -> Found:
     if recipe.weights != "auto":  # a download waits until the layers are known to be there
         found = locate(arch, recipe.weights, recipe.weights_dir)
         settings = settings_with_weights(recipe, found)
-    select_layers(_outline(arch, size, settings), recipe.train_layers, head)
+    select_layers(outline(arch, 2, size, settings), recipe.train_layers, head)
     return found or locate(arch, recipe.weights, recipe.weights_dir)
 
 
@@ -141,20 +141,20 @@ def build(
     model_args: dict[str, Any] = {**(settings or {}), **({"img_size": size} if fixed else {})}
     try:
         return timm.create_model(arch.full_name, pretrained=False, num_classes=classes, **model_args), model_args
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{arch.name} cannot be built for {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
             f"{arch.config['input_size'][-1]}: leave --image-size out."
         ) from error
 
 
-def _outline(arch: Arch, size: int, settings: dict[str, Any]) -> nn.Module:
-    """Return the network for two classes, without values where it can be built without any."""
+def outline(arch: Arch, classes: int, size: int, settings: dict[str, Any]) -> nn.Module:
+    """Return a network without values where it can be built without any; arguments and errors as of `build`."""
     try:
         with torch.device("meta"):
-            return build(arch, 2, size, settings)[0]
+            return build(arch, classes, size, settings)[0]
     except UsageError:  # some networks of older timm read values while they are built; a real fault is raised again
-        return build(arch, 2, size, settings)[0]
+        return build(arch, classes, size, settings)[0]
 
 
 def head_names(arch: Arch) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finetune.decode import reason_of, to_square, upright
+from finetune.decode import open_image, reason_of, to_square, upright
 from weights.errors import UsageError
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
@@ -91,7 +91,7 @@ def finish(begun: Future[Decoded] | Decoded) -> Decoded:
 
 def _decode_file(path: str, framing: Framing) -> Decoded:
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             side = min(framing.side, *opened.size)
             opened.draft(None, (2 * side, 2 * side))  # JPEG: decode at the smallest scale that keeps twice the side
             return Decoded(path, framing.apply(upright(opened)))

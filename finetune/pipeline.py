@@ -37,6 +37,7 @@ from finetune.ranks import Ranks
 from finetune.recipe import Recipe, check, with_absolute_paths
 from finetune.rendezvous import joined
 from finetune.report import write_report
+from finetune.results import read_summary
 from finetune.rundir import PREDICTIONS, RunDirectory, create_run_directory, open_run_directory, require_empty
 from finetune.sharing import Shard, Split, own_block, synchronise_batch_norms
 from finetune.sources import FeatureBuilder, Live
@@ -122,9 +123,11 @@ def resume(
                 if held is not None:
                     held.drop_checkpoint()  # a kill between the last two writes leaves it
                 events.note(f"{path} is a finished run; nothing is left to do.")
-                return {**summary, "output": str(path)}
+                return {**read_summary(path), "output": str(path)}
             state = ranks.from_first(lambda: held.read_checkpoint() if held else None)
             words = f"Stopped; go on with: finetune run --resume {path}"
+            if state is not None:
+                checkpoint.require_whole(path, state)
             choices = None if state is None else state["choices"]
             job = prepare(recipe, watched(events, stop, words), choices=choices, shared=shared, ranks=ranks)
             if state is not None:
@@ -161,7 +164,7 @@ def _carry_out(
 ) -> dict[str, Any]:
     """Features, training, test, files."""
     recipe, data, ranks, directory = job.recipe, job.data, job.ranks, place.held
-    progress = Progress(**state["progress"]) if state else Progress()
+    progress = checkpoint.progress_of(place.path, state) if state else Progress()
     progress.estimate = progress.estimate or job.plan.estimate()
     before = replace(progress)
     if directory is not None:
@@ -179,7 +182,7 @@ def _carry_out(
     trainer = _trainer(job, lambda: before.total_seconds + time.perf_counter() - started)
     best: dict[str, torch.Tensor] | None = None
     if state:
-        trainer.load_state(state["trainer"])
+        checkpoint.restore(place.path, state, trainer)
         best = state["best"]
     elif trainer.budget is not None:
         trainer.budget.require_time(place.path)

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from filelock import FileLock
 from torch import nn
 
 from finetune.device import synchronize
+from weights.config import is_number
 from weights.errors import RunError, UsageError
+from weights.guard import read_json, refuse_link, told
 from weights.save import write_atomically
 
 # Compiling a folded ResNet-18 prefix gained 7 % where it gained least (docs/log.md); the first compile of a process
@@ -61,6 +63,29 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
+
+
+def choice_of(value: object) -> Choice:
+    """Return a choice that was written down: in a checkpoint, or among remembered ones.
+
+    Args:
+        value: what `asdict` made of one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kinds = {item.name: str(item.type) for item in fields(Choice)}
+    if not isinstance(value, dict) or not value.keys() <= kinds.keys():
+        raise ValueError(f"{told(value)} is no choice of a number format")
+    for name, kind in kinds.items():
+        part = value.get(name, 0.0)  # exact_rate is younger than the others
+        fits = is_number(part) if kind == "float" else isinstance(part, bool if kind == "bool" else str)
+        if not fits:
+            raise ValueError(f"its {name} is {told(part)}")
+    choice = Choice(**value)
+    if choice.precision not in DTYPES or min(choice.rate, choice.compile_seconds, choice.exact_rate) < 0:
+        raise ValueError(f"{told(value)} is no choice of a number format")
+    return choice
 
 
 Candidate = Callable[[str, bool], Callable[[], None]]
@@ -208,14 +233,15 @@ def remembered(cache_dir: Path, about: Mapping[str, Any], measure: Callable[[], 
     key = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "measurements" / f"{key}.json"
     try:
-        choice = Choice(**json.loads(path.read_text())["choice"])
-        if choice.precision in DTYPES and choice.rate > 0 and choice.compile_seconds >= 0:
+        choice = choice_of(read_json(path)["choice"])
+        if choice.rate > 0:
             return choice
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing there, or nothing that can be believed: measure
     choice = measure()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(path.with_suffix(".lock"))
         with FileLock(path.with_suffix(".lock")):
             write_atomically(path, json.dumps({"about": dict(about), "choice": asdict(choice)}, indent=1).encode())
     except (OSError, RunError):

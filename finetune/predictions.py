@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
 from finetune.examples import choose_examples, shrink
 from finetune.images import Images
 from weights.errors import RunError
+from weights.guard import require_regular
 from weights.save import write_atomically
+
+MOST_CLASSES = 30_000  # the confusion matrix of so many takes 7 GB; ImageNet-22k has 21,843
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,36 @@ def read_predictions(path: Path) -> Predictions | None:
     if not path.exists():
         return None
     try:
+        require_regular(path)
         tensors = safetensors.torch.load_file(path)
-        logits, labels = tensors["logits"], tensors["labels"]
-        shown = tensors.get("shown", torch.zeros(0, dtype=torch.int64))
-        pictures = tensors.get("pictures", torch.zeros((0, 3, 1, 1), dtype=torch.uint8))
-        if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(shown) != len(pictures):
-            raise ValueError(f"logits {tuple(logits.shape)} do not go with labels {tuple(labels.shape)}")
-    except (safetensors.SafetensorError, OSError, LookupError, ValueError) as error:
+        found = Predictions(
+            tensors["logits"],
+            tensors["labels"],
+            tensors.get("shown", torch.zeros(0, dtype=torch.int64)),
+            tensors.get("pictures", torch.zeros((0, 3, 1, 1), dtype=torch.uint8)),
+        )
+        _require_sound(found)
+    except Exception as error:  # besides its own errors, whatever a header with odd types and sizes makes torch raise
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise RunError(
             f"{path} is damaged ({first}); make it again with finetune eval {path.parent} --output {path}."
         ) from error
-    return Predictions(logits, labels, shown, pictures)
+    return found
+
+
+def _require_sound(found: Predictions) -> None:
+    """Refuse what `write_predictions` cannot have written: labels and places are used as indices."""
+    logits, labels, shown, pictures = found.logits, found.labels, found.shown, found.pictures
+    if logits.ndim != 2 or not logits.shape[1] or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits {tuple(logits.shape)} do not go with labels {tuple(labels.shape)}")
+    if logits.shape[1] > MOST_CLASSES:
+        raise ValueError(f"{logits.shape[1]:,} classes are more than {MOST_CLASSES:,}")
+    if logits.dtype != torch.float32 or not bool(logits.isfinite().all()):
+        raise ValueError("its logits are no finite float32 numbers")
+    for name, indices, below in (("labels", labels, logits.shape[1]), ("shown", shown, len(logits))):
+        if indices.dtype != torch.int64 or bool(((indices < 0) | (indices >= below)).any()):
+            raise ValueError(f"its {name} are no whole numbers from 0 to {below - 1}")
+    if shown.ndim != 1 or pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"shown {tuple(shown.shape)} and pictures {tuple(pictures.shape)} {pictures.dtype} are none")
+    if len(shown) != len(pictures) or 0 in pictures.shape[2:]:
+        raise ValueError(f"its pictures {tuple(pictures.shape)} do not go with {len(shown)} places")

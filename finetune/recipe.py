@@ -17,6 +17,7 @@ import tomli_w
 
 from finetune.tensorboard import require_log
 from weights.errors import UsageError, near_matches
+from weights.guard import read_text, shortened, told
 
 AUTO = "auto"
 
@@ -139,6 +140,8 @@ class Recipe:
 # Optimisers multiply learning rate and weight decay and divide by as little as 1 - 0.9; float32 ends at 3.4e38.
 LARGEST_RATE = 1e37
 ADAMS = ("adam", "adamw")  # they want rates of their own; Muon's follow from SGD's
+MOST = 10**9  # of whole numbers: products of two fit into 64 bits
+LARGEST_RECIPE = 2**18  # bytes of a recipe file; those that finetune init writes have 8 kB
 DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
 FEWEST_STEPS = 500  # the shortest schedule of Kolesnikov et al. 2020, "Big Transfer", section 3.3
 PATHS = ("data_dir", "weights_dir", "cache_dir")
@@ -162,11 +165,11 @@ def check(recipe: Recipe) -> None:
             raise UsageError(f"{flag(item.name)} is '{value}'{near} It can be {', '.join(choices)}.")
     for name in ("image_size", "epochs", "batch_size", "views", "limit", "shots", "hidden"):
         value = getattr(recipe, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{flag(name)} is {value}; give a whole number of at least 1.")
+        if value is not None and not 1 <= value <= MOST:
+            bound = f"most {MOST:,}" if value > 1 else "least 1"
+            raise UsageError(f"{flag(name)} is {value}; give a whole number of at {bound}.")
     lr = peak_rate(recipe)
-    above_zero = {"lr": lr, "head_lr_scale": recipe.head_lr_scale}
-    for name, number in above_zero.items():
+    for name, number in {"lr": lr, "head_lr_scale": recipe.head_lr_scale}.items():
         if not 0 < number < float("inf"):
             raise UsageError(f"{flag(name)} is {number}; give a number above 0.")
     decay = DECAY if recipe.weight_decay is None else recipe.weight_decay
@@ -185,14 +188,14 @@ def check(recipe: Recipe) -> None:
             raise UsageError(f"{flag(name)} is {number}; give a number from 0 to below 1.")
     if not 0 <= decay < float("inf"):
         raise UsageError(f"{flag('weight_decay')} is {recipe.weight_decay}; give 0 or more.")
-    if recipe.patience < 0:
+    if not 0 <= recipe.patience <= MOST:
         raise UsageError(f"--patience is {recipe.patience}; give 0 (off) or a number of epochs.")
     if recipe.views is not None and recipe.augment != "crop":
         raise UsageError(
             f"--views {recipe.views} goes with --augment crop only; {recipe.augment} has a fixed number of outcomes, "
             "and all of them are used."
         )
-    if recipe.cutout < 0:
+    if not 0 <= recipe.cutout <= MOST:
         raise UsageError(f"--cutout is {recipe.cutout}; give 0 (off) or a number of pixels, such as 8.")
     if recipe.cutout and recipe.augment != "crop":
         raise UsageError(
@@ -321,7 +324,8 @@ def typed_settings(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in table.items():
         if name not in known:
             raise UsageError(
-                f"{where} has an unknown setting '{name}'{near_matches(name, known) or '; delete that line.'}"
+                f"{where} has an unknown setting '{shortened(name)}'"
+                f"{near_matches(name, known) or '; delete that line.'}"
             )
         values[name] = _typed(known[name], value, where)
     return values
@@ -349,7 +353,7 @@ def _typed(item: dataclasses.Field[Any], value: Any, where: str) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif kind.startswith("float"):
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST):
             return float(value)
     elif kind.startswith("tuple"):
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
@@ -357,9 +361,9 @@ def _typed(item: dataclasses.Field[Any], value: Any, where: str) -> Any:
     elif kind == "bool":
         if isinstance(value, bool):
             return value
-    elif isinstance(value, str):
+    elif isinstance(value, str) and "\0" not in value:
         return Path(value) if kind.startswith("Path") else value
-    raise UsageError(f"{where} has {item.name} = {value!r}; it must be {kind_of(item)}.")
+    raise UsageError(f"{where} has {item.name} = {told(value)}; it must be {kind_of(item)}.")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -369,13 +373,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, unreadable or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path, LARGEST_RECIPE))
     except OSError as error:
         raise UsageError(
             f"The recipe {path} cannot be read ({error.strerror}); give the path of a recipe.toml."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {path} is no valid TOML ({error}); mend that line.") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        reason = shortened(str(error)) if isinstance(error, ValueError) else "nested too deeply"
+        raise UsageError(f"The recipe {path} is no valid TOML ({reason}); mend that line.") from None
 
 
 def suitable_batch(images: int) -> int:

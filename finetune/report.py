@@ -8,7 +8,6 @@ Legend: N test images, C classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -22,8 +21,8 @@ from finetune.placement import size
 from finetune.plan import duration
 from finetune.predictions import Predictions, read_predictions
 from finetune.report_classes import Album, class_tables, matrix_part, mistakes_part, pairs_part
-from finetune.rundir import CONFIG, METRICS, PREDICTIONS, RECIPE, SUMMARY
-from weights.errors import RunError
+from finetune.results import no_run, read_classes, read_results
+from finetune.rundir import CONFIG, PREDICTIONS, RECIPE
 from weights.save import write_atomically
 
 REPORT = "report.html"
@@ -58,17 +57,15 @@ def rebuild_report(folder: Path) -> Path:
     Raises:
         RunError: the folder holds no finished run, or a file of it is damaged.
     """
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        classes = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["label_names"]
-        write_report(folder, summary, rows, classes, read_predictions(folder / PREDICTIONS))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
-        raise RunError(
-            f"{folder} is no finished run ({reason}); give a folder that finetune run or baseline has finished."
-        ) from error
+    summary, rows = read_results(folder)
+    classes, predictions = read_classes(folder), read_predictions(folder / PREDICTIONS)
+    if predictions is not None and predictions.logits.shape[1] != len(classes):
+        raise no_run(
+            folder,
+            CONFIG,
+            ValueError(f"{len(classes)} label_names, but {PREDICTIONS} has {predictions.logits.shape[1]} classes"),
+        )
+    write_report(folder, summary, rows, classes, predictions)
     return folder / REPORT
 
 

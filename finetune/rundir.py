@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import pickle
-import zipfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +20,9 @@ from finetune.grid import SWEEP
 from finetune.recipe import Recipe, from_table, read_toml, to_toml
 from finetune.tensorboard import TensorBoard
 from weights.errors import RunError
+from weights.guard import read_json, refuse_link
 from weights.save import FULL, cannot_write, write_atomically
+from weights.torch_file import read_torch
 
 RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 MODEL, CONFIG, PREDICTIONS, LOCK = "model.safetensors", "config.json", "predictions.safetensors", ".lock"
@@ -46,6 +46,7 @@ class RunDirectory:
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def __enter__(self) -> RunDirectory:
+        _refuse_links(self.path)
         try:
             self._lock.acquire()
         except Timeout:
@@ -121,7 +122,9 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, or None."""
         try:
-            summary: dict[str, Any] = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+            summary = read_json(self.path / SUMMARY)
+            if not isinstance(summary, dict):
+                raise ValueError("it is no JSON object")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -144,22 +147,10 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"{damaged} does not match its checksum")
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = read_torch(path, checked=True)
             if not isinstance(state, dict) or "progress" not in state:
                 raise ValueError("it is no checkpoint of a run")
-        except (
-            OSError,
-            RuntimeError,
-            pickle.UnpicklingError,
-            EOFError,
-            LookupError,
-            ValueError,
-            TypeError,
-            zipfile.BadZipFile,
-        ) as error:
+        except Exception as error:  # damaged bytes make the readers of archives and pickles raise nearly anything
             first = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise RunError(f"{path} is damaged ({first}); delete it to start this run from its first epoch.") from error
         return dict(state)
@@ -185,6 +176,15 @@ def _first_refusal(error: BaseException | None) -> RunError | None:
     return None
 
 
+def _refuse_links(path: Path) -> None:
+    """Refuse a folder in which what is written to in place leads elsewhere: a stranger may have packed it."""
+    for name in (LOCK, TENSORBOARD):
+        try:
+            refuse_link(path / name)
+        except OSError as error:
+            raise RunError(f"{path / name} is {error.strerror}; remove it, since a run writes to it.") from error
+
+
 def _in_use(path: Path) -> RunError:
     return RunError(f"{path} is in use by another run; wait until that one has ended, or give another --output.")
 
@@ -205,6 +205,7 @@ def require_empty(output: Path, *, locked: bool = False) -> None:
     held = sorted(names - {LOCK})
     if LOCK in names and not locked:  # in use, or what a kill left
         try:
+            _refuse_links(output)
             with suppress(PermissionError), FileLock(output / LOCK, timeout=0):
                 pass
         except Timeout:

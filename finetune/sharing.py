@@ -20,7 +20,7 @@ from torch import nn
 
 from finetune.augment import Views
 from finetune.images import ImageSet
-from finetune.inference import Source, predict
+from finetune.inference import Source, lies_on_device, predict
 from finetune.ranks import Ranks
 from finetune.stream import Streamed
 from weights.errors import UsageError
@@ -128,6 +128,11 @@ class Shard:
 
     features: Source
     rows: range
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the features lie on the device, so that rows may be given there."""
+        return lies_on_device(self.features)
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the crossing tensors of rows of the block; arguments as for `Features.take`."""

@@ -24,11 +24,14 @@ from finetune.held_test import read_test
 from finetune.job import Shared, Stop, watched
 from finetune.recipe import Recipe, peak_rate, with_absolute_paths
 from finetune.recommend import Advice, Tried, frontier, recommend, with_most_images
+from finetune.results import read_summary
 from finetune.rundir import RECIPE, SUMMARY, RunDirectory, create_run_directory, require_empty
 from finetune.study import Study, look
 from finetune.sweep_page import PAGE, write_page
 from finetune.together import Held, compute_together, place_together, with_features
+from weights.config import is_number
 from weights.errors import DivergedError, RunError, StoppedError
+from weights.guard import read_json
 from weights.save import write_atomically
 
 RESULT = "sweep.json"
@@ -162,9 +165,10 @@ class _State:
     def read(cls, folder: Path) -> _State:
         """Return the state of a sweep that is resumed; without a result that can be read, its beginning."""
         try:
-            found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            diverged = {run["name"]: run["diverged"] for run in found["runs"] if run["diverged"]}
-            return cls(diverged, float(found["seconds"]["features"]), float(found["seconds"]["total"]))
+            found = read_json(folder / RESULT)
+            diverged = {str(run["name"]): str(run["diverged"]) for run in found["runs"] if run["diverged"]}
+            features, total = found["seconds"]["features"], found["seconds"]["total"]
+            return cls(diverged, features, total) if is_number(features) and is_number(total) else cls()
         except (OSError, ValueError, LookupError, TypeError):
             return cls()
 
@@ -265,7 +269,7 @@ def _read(folder: Path, candidate: Candidate, study: Study, state: _State) -> Tr
         return row
     if not (folder / SUMMARY).is_file():
         return None
-    summary = RunDirectory(folder).read_summary() or {}
+    summary = read_summary(folder)
     weights = study.jobs[recipe.train_layers].prepared.sha256
     for what, then, now in (
         ("images", summary["data"]["sha256"], study.whole.sha256),

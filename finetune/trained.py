@@ -7,7 +7,6 @@ model loads all the same.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,15 @@ from torch import nn
 
 from finetune.augment import Preprocessing
 from finetune.grid import SWEEP
-from finetune.models import build, check_size, preprocessing_of
+from finetune.models import build, check_size, outline, preprocessing_of
 from finetune.recipe import Recipe, from_table
 from finetune.rundir import CHECKPOINT, CONFIG, MODEL, SUMMARY
 from finetune.temperature import Temperature
 from weights.arch import Arch, resolve_arch
+from weights.check import check_room
+from weights.config import LARGEST_SIDE, SMALLEST_CROP, check_args, is_number
 from weights.errors import UsageError, WeightsError
+from weights.guard import read_json, shortened, told
 from weights.load import load_into, read_tensors
 from weights.save import read_about
 
@@ -64,10 +66,15 @@ class Trained:
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of the run that lies beside the model, or None without one that can be read."""
         try:
-            found = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+            found = read_json(self.folder / SUMMARY)
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    def said_of_data(self) -> dict[str, Any]:
+        """Return what that summary says of the data, {} where it says nothing."""
+        said = (self.summary() or {}).get("data")
+        return said if isinstance(said, dict) else {}
 
 
 def load_trained(path: Path) -> Trained:
@@ -87,14 +94,15 @@ def load_trained(path: Path) -> Trained:
         arch = resolve_arch(_known(config, "architecture", str, place))
     except UsageError as error:
         raise WeightsError(
-            f"{place} names a network that cannot be built here ({error}); it may want a newer timm."
+            f"{place} names a network that cannot be built here ({shortened(str(error))}); it may want a newer timm."
         ) from error
     classes = _class_names(config, place)
     arch, size = _with_preprocessing(arch, config, place)
     crop_pct, crop_mode = _crop(config["pretrained_cfg"], place)
-    model_args = _known(config, "model_args", dict, place) if config.get("model_args") else {}
+    model_args = _model_args(config, place)
     try:
-        model, _ = build(arch, len(classes), size, dict(model_args))
+        check_room(arch.name, file, outline(arch, len(classes), size, model_args))
+        model, _ = build(arch, len(classes), size, model_args)
     except UsageError as error:
         raise WeightsError(f"{place} does not describe a network that can be built: {error}") from error
     account = load_into(model, read_tensors(file), head=(), where=str(file), keep_head=True)
@@ -112,7 +120,7 @@ def load_trained(path: Path) -> Trained:
         classes=classes,
         preprocessing=preprocessing_of(arch, size),
         temperature=_temperature(config, place),
-        trained_layers=tuple(about["trained_layers"]) if "trained_layers" in about else None,
+        trained_layers=_trained_layers(about),
         recipe=_recipe(about, file),
         crop_pct=crop_pct,
         crop_mode=crop_mode,
@@ -147,7 +155,7 @@ def _weights_file(path: Path) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise WeightsError(
             f"{path} is missing, which names the network and the classes; put it back beside the weights."
@@ -169,6 +177,20 @@ def _known(config: dict[str, Any], key: str, kind: type, place: Path) -> Any:
     return value
 
 
+def _model_args(config: dict[str, Any], place: Path) -> dict[str, Any]:
+    given = _known(config, "model_args", dict, place) if config.get("model_args") else {}
+    try:
+        check_args(given)
+    except ValueError as error:
+        raise WeightsError(f"{place} has {error}; put back the one that was written with the weights.") from error
+    return dict(given)
+
+
+def _trained_layers(about: dict[str, Any]) -> tuple[str, ...] | None:
+    named = about.get("trained_layers")
+    return tuple(named) if isinstance(named, list) and all(isinstance(name, str) for name in named) else None
+
+
 def _class_names(config: dict[str, Any], place: Path) -> tuple[str, ...]:
     # timm writes the names beside the architecture, older versions of it among the preprocessing
     older = config.get("pretrained_cfg")
@@ -180,7 +202,9 @@ def _class_names(config: dict[str, Any], place: Path) -> tuple[str, ...]:
         )
     count = config.get("num_classes", len(names))
     if count != len(names):
-        raise WeightsError(f"{place} has num_classes {count} but {len(names)} label_names; mend the one that is wrong.")
+        raise WeightsError(
+            f"{place} has num_classes {told(count)} but {len(names)} label_names; mend the one that is wrong."
+        )
     return tuple(names)
 
 
@@ -188,16 +212,18 @@ def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tupl
     """Return the network with the configuration's preprocessing, and the input side."""
     said = _known(config, "pretrained_cfg", dict, place)
     channels, height, width = _numbers(said, "input_size", place)
-    if channels != 3 or height != width or height < 1:
+    if channels != 3 or height != width or not 1 <= height <= LARGEST_SIDE:
         raise WeightsError(
-            f'{place} has "input_size" {said["input_size"]}; expected 3 colours and a square, such as [3, 224, 224].'
+            f'{place} has "input_size" {said["input_size"]}; expected 3 colours and a square of at most '
+            f"{LARGEST_SIDE:,} pixels, such as [3, 224, 224]."
         )
+    interpolation = said.get("interpolation")
     merged = {
         **arch.config,
         "input_size": (3, int(height), int(width)),
         "mean": _numbers(said, "mean", place),
         "std": _numbers(said, "std", place),
-        "interpolation": said.get("interpolation") or arch.config.get("interpolation"),
+        "interpolation": interpolation if isinstance(interpolation, str) else arch.config.get("interpolation"),
     }
     # No tag: it would be that of the weights training began with.
     return Arch(arch.name, "", merged), int(height)
@@ -206,19 +232,23 @@ def _with_preprocessing(arch: Arch, config: dict[str, Any], place: Path) -> tupl
 def _crop(said: dict[str, Any], place: Path) -> tuple[float, str]:
     """Return which share of an image the model sees, and how timm makes it square."""
     share, mode = said.get("crop_pct") or 1.0, said.get("crop_mode") or CROP_MODES[0]
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise WeightsError(f'{place} has "crop_pct" {share!r} in "pretrained_cfg"; expected a number from 0 to 1.')
+    if not is_number(share) or not SMALLEST_CROP <= share <= 1:
+        raise WeightsError(
+            f'{place} has "crop_pct" {told(share)} in "pretrained_cfg"; expected a number from {SMALLEST_CROP} to 1.'
+        )
     if mode not in CROP_MODES:
         raise WeightsError(
-            f'{place} has "crop_mode" {mode!r} in "pretrained_cfg"; expected one of {", ".join(CROP_MODES)}.'
+            f'{place} has "crop_mode" {told(mode)} in "pretrained_cfg"; expected one of {", ".join(CROP_MODES)}.'
         )
     return float(share), mode
 
 
 def _numbers(said: dict[str, Any], key: str, place: Path) -> tuple[float, ...]:
     value = said.get(key)
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(part, int | float) for part in value):
-        raise WeightsError(f'{place} has "{key}" {value!r} in "pretrained_cfg"; expected three numbers.')
+    if not isinstance(value, list) or len(value) != 3 or not all(is_number(part) for part in value):
+        raise WeightsError(f'{place} has "{key}" {told(value)} in "pretrained_cfg"; expected three numbers.')
+    if key == "std" and 0 in value:
+        raise WeightsError(f'{place} has "std" {value} in "pretrained_cfg"; expected numbers other than 0.')
     return tuple(value)
 
 
@@ -227,8 +257,8 @@ def _temperature(config: dict[str, Any], place: Path) -> Temperature:
     if not isinstance(own, dict) or "temperature" not in own:
         return UNKNOWN
     value = own["temperature"]
-    if not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise WeightsError(f"{place} has a temperature of {value!r}; expected a number above 0 (1 is none).")
+    if not is_number(value) or not value > 1e-6:
+        raise WeightsError(f"{place} has a temperature of {told(value)}; expected a number above 0 (1 is none).")
     return Temperature(float(value), str(own.get("reason", "")))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from weights.locate import Found
 
 
 def settings(name: str, model_args: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
-    found = Found(Path("model.safetensors"), resolve_arch(name), "local file model.safetensors", model_args)
+    found = Found(None, resolve_arch(name), "local file model.safetensors", model_args)
     return settings_with_weights(Recipe(arch=name, **given), found)
 
 

@@ -158,6 +158,6 @@ def test_every_test_that_reliability_md_names_exists() -> None:
     rows = [
         line for line in read("docs/reliability.md").splitlines() if line.startswith("| ") and "| test |" not in line
     ]
-    assert len(named) == len(rows) > 20, "each row names one test"
+    assert len(named) >= len(rows) > 20, "each row names a test"
     for file, name in named:
         assert re.search(rf"^def {name}\(", read(f"tests/{file}"), re.MULTILINE), f"{file}::{name}"

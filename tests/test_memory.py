@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -38,6 +40,16 @@ def test_weights_are_not_counted_for_each_image() -> None:
 def test_memory_for_the_optimiser() -> None:
     layer = nn.Linear(8, 4)
     assert of(layer, 8, optimizer="adam").fixed == 3 * 4 * 36
+
+
+def test_nothing_is_kept_of_what_was_measured() -> None:
+    """ReLU saves its own output, which leads back to the graph and so to the weights."""
+    module = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    weight = weakref.ref(module[0].weight)
+    of(module, 8)
+    del module
+    gc.collect()
+    assert weight() is None
 
 
 def test_features_beside_training() -> None:

@@ -149,7 +149,7 @@ def test_what_is_no_run_has_no_report(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"predictions.safetensors is damaged .*; make it again with finetune eval"):
         rebuild_report(copy)
     (copy / "config.json").write_text("{}")
-    with pytest.raises(RunError, match=r"is no finished run \(KeyError: 'label_names'\)"):
+    with pytest.raises(RunError, match=r"is no finished run \(config.json: label_names is missing\)"):
         rebuild_report(copy)
 
 

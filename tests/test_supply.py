@@ -10,9 +10,9 @@ import pytest
 from make_pages import ROOT, load
 from packaging.requirements import Requirement
 
-audit = load("supply/audit.py")
-requirements = load("supply/requirements.py")
-sbom = load("supply/sbom.py")
+audit = load(".ci/supply/audit.py")
+requirements = load(".ci/supply/requirements.py")
+sbom = load(".ci/supply/sbom.py")
 PINNED = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 PINS = dict(text.split("==") for text in audit.pins(ROOT / "requirements.txt"))
 

@@ -202,7 +202,7 @@ def test_convert_refuses_what_it_cannot_read_and_writes_nothing(original: Path) 
         "cut.pth is truncated, damaged or not a weight file (1,000 bytes: "
     )
     assert said("weights", "convert", "sparse.pt", code=1).startswith(
-        "sparse.pt holds tensors that safetensors cannot hold, such as sparse or quantised ones ("
+        "sparse.pt was not loaded: it holds sparse, quantised or nested tensors, or some without values; save its "
     )
     assert said("weights", "convert", "rogue.ckpt", "--output", "out.pth", code=2) == (
         "--output out.pth is written as safetensors; give a name that ends in .safetensors."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from weights.errors import UsageError, WeightsError, near_matches
 from weights.guess import guess_network
+from weights.torch_file import SMALL
 
 _LISTED = 10
 """How many layers or tensors an error lists before it says how many more there are."""
@@ -207,6 +209,29 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
     if bad:
         raise WeightsError(
             f"The weights ({where}) hold NaN or infinite values in {some(bad)}; they are spoilt, so give others."
+        )
+
+
+def check_room(name: str, path: Path, outline: nn.Module) -> None:
+    """Check that a weight file is large enough to hold a network's values, before memory is taken for them.
+
+    Args:
+        name: of the network.
+        path: the file.
+        outline: the network without values, on the device meta.
+
+    Raises:
+        WeightsError: it has less than a byte for each value, or is gone.
+    """
+    needed = sum(value.numel() for value in outline.parameters())
+    try:
+        there = path.stat().st_size
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}); bring it back, and run again.") from error
+    if needed > there + SMALL:
+        raise WeightsError(
+            f"{path} has {there:,} bytes, too few for the {needed:,} values of {name}; it holds another network, or "
+            "less than all of one."
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from weights.check import misfit, under
 from weights.errors import WeightsError
+from weights.guard import shortened
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "network", "weights")
 """Keys that training scripts keep a state dict under; averaged weights first, as timm does."""
@@ -54,10 +55,10 @@ def plain_names(checkpoint: object, where: str = "The checkpoint") -> dict[str, 
         WeightsError: when there are no tensors in it.
     """
     found = _unwrap(checkpoint, where)
-    tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor) and isinstance(k, str | int)}
     tensors.pop("n_averaged", None)  # the counter of torch's AveragedModel, beside its `module.` names
     if not tensors:
-        keys = ", ".join(sorted(map(str, found))[:6]) or "nothing"
+        keys = ", ".join(sorted(shortened(str(k)) for k in found if isinstance(k, str | int))[:6]) or "nothing"
         raise WeightsError(
             f"{where} holds {keys} and no tensors; expected a state dict, so give a file that holds one."
         )
@@ -100,14 +101,22 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module, head: Collection
     return named if _fitting(named, wanted) > _fitting(tensors, wanted) else dict(tensors)
 
 
-def _unwrap(checkpoint: object, where: str) -> Mapping[Any, Any]:
-    if not isinstance(checkpoint, Mapping):
-        kind = type(checkpoint).__name__
-        raise WeightsError(f"{where} holds a {kind}; expected a state dict, so give a file that holds one.")
-    if any(isinstance(value, Tensor) for value in checkpoint.values()):
-        return checkpoint
-    inner = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
-    return checkpoint if inner is None else _unwrap(inner, where)
+def _unwrap(checkpoint: object, where: str) -> dict[Any, Any]:
+    """Return the mapping that has the tensors; of several in one another, the outermost that has any."""
+    seen: list[object] = []  # a pickle can put a mapping into itself
+    while True:
+        if not isinstance(checkpoint, Mapping):
+            kind = type(checkpoint).__name__
+            raise WeightsError(f"{where} holds a {kind}; expected a state dict, so give a file that holds one.")
+        # dict's own method, where it is one: a pickle may have put another `items` on an OrderedDict
+        held = dict(dict.items(checkpoint) if isinstance(checkpoint, dict) else checkpoint.items())
+        if any(isinstance(value, Tensor) for value in held.values()):
+            return held
+        seen.append(checkpoint)
+        inner = next((held[key] for key in _WRAPPERS if isinstance(held.get(key), Mapping)), None)
+        if inner is None or any(inner is one for one in seen):
+            return held
+        checkpoint = inner
 
 
 def _fitting(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int:

@@ -142,7 +142,7 @@ def files_to_verify(paths: Sequence[Path], weights_dir: Path | None = None) -> l
         return found
     chosen = []
     for path in paths:
-        if not path.exists():
+        if not (path.is_file() or path.is_dir()):
             raise WeightsError(f"There is no file or folder {path}; give one that is there.")
         inside = files_in(path) if path.is_dir() else [path]
         if not inside:

@@ -127,8 +127,7 @@ def convert(path: Path, output: Path | None = None, *, force: bool = False) -> K
     except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise WeightsError(
-            f"{path.name} holds tensors that safetensors cannot hold, such as sparse or quantised ones ({reason}); "
-            "save them as plain ones first."
+            f"{path.name} holds tensors that safetensors cannot hold ({reason}); save them as plain ones first."
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     _put(target, content, digest)

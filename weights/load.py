@@ -7,11 +7,9 @@ as it was. No file is read in a way that could run code from it, and no switch a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +33,8 @@ from weights.check import (
 )
 from weights.convert import plain_names, timm_names
 from weights.errors import WeightsError
+from weights.guard import require_regular, shortened
+from weights.torch_file import UnfitError, read_torch
 
 SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin", ".ckpt")
 """Suffixes of weight files; the content decides how a file is read."""
@@ -94,6 +94,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
+        require_regular(path)
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
@@ -197,29 +198,25 @@ def _refuse_impostors(path: Path, start: bytes) -> None:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(safetensors.torch.load_file(path, device="cpu"))
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # besides its own errors, whatever a header with odd types and sizes makes torch raise
         raise _damaged(path, error) from error
 
 
 def _read_pickle(path: Path) -> object:
     try:
-        # training checkpoints often keep their options, a Namespace, beside the weights; it can hold data only
-        # an open file, not a path: given a name that ends in .safetensors, torch.load goes by the name
-        with (
-            path.open("rb") as file,
-            warnings.catch_warnings(),
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):
-            warnings.simplefilter("ignore")  # about pickle protocols, which the user cannot change
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return read_torch(path)
     except pickle.UnpicklingError as error:
         held = _unsafe_globals(path) or sorted(set(re.findall(r"GLOBAL (\w[\w.]*)", str(error))))
-        named = f" ({some(held)})" if held else ""
+        named = f" ({some([shortened(name) for name in held])})" if held else ""
         raise WeightsError(
             f"{path.name} is a pickle that holds more than tensors{named} and could run code, so it was not loaded; "
             "save its state_dict() with safetensors or torch.save and give that."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UnfitError as error:
+        raise WeightsError(
+            f"{path.name} was not loaded: {error}; save its state_dict() as plain tensors and give that."
+        ) from error
+    except Exception as error:  # damaged bytes make the readers of archives and pickles raise nearly anything
         if "TorchScript" in str(error):
             raise WeightsError(f"{path.name} is a TorchScript program; save its state_dict() and give that.") from error
         raise _damaged(path, error) from error
@@ -228,7 +225,7 @@ def _read_pickle(path: Path) -> object:
 def _unsafe_globals(path: Path) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, OSError, ValueError):  # not an archive of today's torch.save
+    except Exception:  # not an archive of today's torch.save, or a damaged one
         return []
 
 

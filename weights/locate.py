@@ -11,7 +11,6 @@ configuration decides the preprocessing.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,9 +22,11 @@ import huggingface_hub
 import torch.hub
 
 from weights.arch import Arch, known_tags, weights_url
+from weights.config import check_args, check_preprocessing
 from weights.errors import WeightsError
 from weights.fetch import HUB_FILES, hub_files, hub_id, not_found
 from weights.fetch import download as fetch_weights
+from weights.guard import read_json, shortened
 from weights.load import SUFFIXES
 
 ENVIRONMENT = "FINETUNE_WEIGHTS"
@@ -197,12 +198,15 @@ def _snapshot(folder: Path, arch: Arch, *, given: bool) -> Candidate | None:
     name, _, tag = config["architecture"].partition(".")
     own = config.get("pretrained_cfg")
     own = own if isinstance(own, dict) else config  # null, or the flat form of older snapshots
-    tag = tag or own.get("tag") or ""
+    tag = tag or (own["tag"] if isinstance(own.get("tag"), str) else "")
     full = f"{name}.{tag}" if tag else name
     if name != arch.name or (tag and tag != arch.tag and (arch.tag_given or not given)):
         if given:
             way = full if tag in known_tags(name) else name
-            raise WeightsError(f"{folder} holds weights of {full}, not of {arch.full_name}: give --arch {way} instead.")
+            raise WeightsError(
+                f"{folder} holds weights of {shortened(full)}, not of {arch.full_name}: give --arch {shortened(way)} "
+                "instead."
+            )
         return None
     # Of runs of this tool alone: others name ImageNet's classes in their own ways.
     model_args, names = config.get("model_args"), config.get("label_names") if "finetune" in config else None
@@ -227,8 +231,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise WeightsError(
             f"{path} is not readable as JSON ({error}); mend it, or name a file with --weights FILE."
         ) from error
@@ -237,16 +241,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _with_config(arch: Arch, tag: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Arch:
     said = {k: v for k, v in own.items() if v is not None and k not in _SOURCE_KEYS and k != "architecture"}
+    if config.get("num_classes") is not None:
+        said["num_classes"] = config["num_classes"]
+    try:
+        check_preprocessing(said)
+        args = config.get("model_args")
+        check_args(args if isinstance(args, dict) else {})
+    except ValueError as error:
+        raise WeightsError(
+            f"The config.json of {arch.name} has {error}. Mend it, or give the weights alone in another folder."
+        ) from error
     merged = {**arch.config, **said}
     for key in ("input_size", "mean", "std"):
-        if not isinstance(merged[key], list | tuple):
-            raise WeightsError(
-                f"The config.json of {arch.name} has {key} {merged[key]!r}; expected a list of numbers. Mend it, or "
-                "give the weights alone in another folder."
-            )
         merged[key] = tuple(merged[key])
-    if "num_classes" in config:
-        merged["num_classes"] = config["num_classes"]
     # a tag of somebody's own: timm would not build a network of that name
     return replace(arch, tag=tag if tag in known_tags(arch.name) else "", config=merged)
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights.errors import WeightsError
+from weights.guard import read_text, require_regular
 from weights.save import write_atomically
 
 SUFFIX = ".sha256"
 DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
+LONGEST = 2**16  # bytes of a file that holds a sha256 and a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,6 +55,7 @@ def file_sha256(path: Path) -> str:
         WeightsError: when it cannot be read.
     """
     try:
+        require_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -70,8 +73,8 @@ def recorded(path: Path, *, published: bool = False) -> Record | None:
     """
     beside = record_path(path)
     try:
-        words = beside.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError):
+        words = read_text(beside, LONGEST).split()
+    except (OSError, ValueError):
         words = []
     if words and SHA256.fullmatch(words[0].lower()):
         return Record(words[0].lower(), beside.name)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from weights.arch import Arch, resolve_arch
 from weights.errors import RunError, WeightsError
+from weights.guard import parse_json
 
 METADATA_KEY = "finetune"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no more of this user's share, no larger file
@@ -104,8 +105,8 @@ def read_about(path: Path) -> dict[str, Any] | None:
         raise WeightsError(f"There is no weight file at {path}.")
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-    except (safetensors.SafetensorError, json.JSONDecodeError):
+            about = parse_json((file.metadata() or {}).get(METADATA_KEY, "null"))
+    except (safetensors.SafetensorError, OSError, ValueError):
         return None
     return about if isinstance(about, dict) else None
 

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from weights.arch import Arch
-from weights.check import check_finite
+from weights.check import check_finite, check_room
 from weights.errors import FinetuneError, WeightsError
 from weights.fetch import has_source
 from weights.inventory import WeightFile
 from weights.load import load_into, read_tensors
 from weights.record import file_sha256
+
+_UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What networks raise that are built with arguments that they cannot have."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,20 @@ def _check_fit(file: WeightFile, arch: Arch, tensors: Mapping[str, Tensor]) -> N
 
 
 def _network(file: WeightFile, arch: Arch) -> nn.Module:
-    try:
+    def build() -> nn.Module:
         return timm.create_model(
             arch.full_name, pretrained=False, num_classes=int(arch.config["num_classes"]), **(file.model_args or {})
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+
+    try:
+        with torch.device("meta"):
+            outline = build()
+    except _UNBUILDABLE:  # some networks of older timm read values while they are built; a real fault comes again
+        outline = nn.Module()
+    check_room(arch.full_name, file.path, outline)
+    try:
+        return build()
+    except _UNBUILDABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"{arch.full_name} cannot be built as the config.json beside {file.path.name} states ({reason}); mend it, "

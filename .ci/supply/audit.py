@@ -1,6 +1,6 @@
 """`make audit`: known vulnerabilities of the pinned packages, by pip-audit; counted only when it looked at all of them.
 
-    .venv/bin/python supply/audit.py
+    .venv/bin/python .ci/supply/audit.py
 
 Exit code 0: every package was looked up and none has a known vulnerability. 1: some have. 2: nothing counts, because
 the service of advisories could not be reached, or packages were skipped.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLEAN, VULNERABLE, NOT_AUDITED = 0, 1, 2
 
 

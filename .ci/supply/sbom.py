@@ -1,6 +1,6 @@
 """`make sbom`: a software bill of materials of the pinned packages, CycloneDX in JSON, without addresses and paths.
 
-    .venv/bin/python supply/sbom.py --output build/sbom.json
+    .venv/bin/python .ci/supply/sbom.py --output build/sbom.json
 
 cyclonedx-bom reads requirements.txt. The index that it would name as the source of every package is taken out: which
 one is used is the business of whoever installs, and the hashes say what has to come of it.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def made(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`make requirements`: the versions that were tested, each with the sha256 of its file, and no address.
 
-    .venv/bin/python supply/requirements.py --output requirements.txt
+    .venv/bin/python .ci/supply/requirements.py --output requirements.txt
 
 pip works out what it would install, with the versions of this environment as constraints, and reports it with hashes.
 Names, versions and hashes are taken from the report; where pip found the files is left out, so that whoever installs
@@ -20,7 +20,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OWN = "finetune-timm"
 
 
