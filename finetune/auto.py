@@ -43,10 +43,12 @@ def choice_told(given: Recipe, settled: Recipe) -> str | None:
     """Return a sentence on what auto chose where that is not the plain way; None where it is."""
     if given.optimizer != AUTO or settled.optimizer != "muon":
         return None
+    less = ""
+    if settled.skip_easy:
+        less = f", windows of large feature maps, and leaves out {100 * settled.skip_easy:.0f} % of the easier images"
     return (
         "Most of what trains are convolutions that start fresh, and they train long: auto takes muon, "
-        f"{settled.batch_size} images per step, windows of feature maps where these are large enough, and leaves out "
-        f"{100 * (settled.skip_easy or 0):.0f} % of the easier images. --optimizer sgd trains plainly."
+        f"{settled.batch_size} images per step{less}. --optimizer sgd trains plainly."
     )
 
 

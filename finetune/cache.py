@@ -35,7 +35,7 @@ FORMAT = 1
 CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any prefix, and large enough to write fast
 
 
-_OWN = re.compile(r"about\.json|chunks\.jsonl|tensor-\d+\.bin")
+_OWN = re.compile(r"about\.json|\.about\.json\.\w+\.tmp|chunks\.jsonl|tensor-\d+\.bin")
 """The files of an entry. A folder that holds anything else is not the cache's and is never deleted to make room: a
 stranger's recipe may name any folder as the cache."""
 
@@ -106,6 +106,8 @@ class Entry:
                     # Absent or cut short: what is filled in here does not match the journal's sums, so it is noticed.
                     with path.open("ab") as file:
                         file.truncate(size * self.rows)
+            for half_written in self.folder.glob(".about.json.*.tmp"):  # what a kill left
+                half_written.unlink(missing_ok=True)
             about_path = self.folder / "about.json"
             if not about_path.exists():
                 text = json.dumps({"rows": self.rows, **about}, sort_keys=True, indent=1)

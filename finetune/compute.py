@@ -140,7 +140,7 @@ def decide(
         placement = Placement("uncut", False, 0, f"none, because {cut.reason}")
     placement = ranks.from_first(lambda: placement)
     where, seen = ranks.from_first(lambda: place_images(data, placement, room))
-    taken = {placement.where: placement.bytes, where: seen}.get("device", 0)
+    taken = {placement.where: placement.bytes // ranks.local_size, where: seen}.get("device", 0)
     smaller = None if room is None else memory.smaller(batch, taken)
     computing = Computing(prefix, training, placement, windows, left, held, ImagePlace(where, device), smaller)
     folder, seats = cache_folder(recipe), (where, seen)
@@ -375,7 +375,7 @@ def _place(
         memory=memory_budget(recipe) if recipe.memory_budget or left is None else min(memory_budget(recipe), left),
         held=held,
         fresh_each_epoch=fresh,
-        device=room,
+        device=None if room is None else room * ranks.local_size,  # each process has a GPU of its own
         quick=room is not None and quicker_than_disk(prefix),
     )
     which = 1 if placement.on_disk else 0

@@ -118,12 +118,12 @@ def resume(
         recipe = ranks.from_first(lambda: open_run_directory(path)[1])
         with _held_by_first(ranks, lambda: open_run_directory(path)[0]) as place:
             held = place.held
-            summary = ranks.from_first(lambda: held.read_summary() if held else None)
+            summary = ranks.from_first(lambda: read_summary(path) if held and held.read_summary() is not None else None)
             if summary is not None:
                 if held is not None:
                     held.drop_checkpoint()  # a kill between the last two writes leaves it
                 events.note(f"{path} is a finished run; nothing is left to do.")
-                return {**read_summary(path), "output": str(path)}
+                return {**summary, "output": str(path)}
             state = ranks.from_first(lambda: held.read_checkpoint() if held else None)
             words = f"Stopped; go on with: finetune run --resume {path}"
             if state is not None:

@@ -130,7 +130,7 @@ class Plan:
         """Return what is to be said of streamed images, as a clause; nothing where they are in memory."""
         if self.streaming is None:
             return ""
-        often = "once for each feature row" if self.placement.where in ("ram", "disk") else "in every epoch"
+        often = "once for each feature row" if self.placement.ahead else "in every epoch"
         return (
             f"decoded as they are wanted, {often}: in memory they would take {size(self.streaming.bytes)}, twice while "
             f"they are split, and --image-memory is {size(self.streaming.memory)}"

@@ -21,12 +21,14 @@ from finetune.shards import ShardSet, name_of
 from finetune.stream import load_splits
 from finetune.tar import Member, index_tar, printable
 from weights.errors import DataError, near_matches
+from weights.guard import read_text
 
 LABELS = ("cls", "json")
 """Suffixes of labels; the first that a sample has and that holds one counts."""
 
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 CLASSES = "classes.txt"
+LARGEST_CLASSES = 2**20  # bytes; a name of 50 for each of 20,000 classes
 
 
 @dataclass
@@ -194,9 +196,11 @@ def _read_classes(found: ShardSet) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     try:
-        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8"))
+        text = unicodedata.normalize("NFC", read_text(path, LARGEST_CLASSES))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8; expected the name of a class in each line.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); expected the name of a class in each line.") from error
     names = [line.strip() for line in text.rstrip().splitlines()]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None or not all(name.isprintable() and name for name in names) or not names:

@@ -255,6 +255,15 @@ def test_entries_are_listed_with_the_last_used_first(tmp_path: Path) -> None:
     assert list_entries(tmp_path)[1].about == {}
 
 
+def test_what_a_kill_leaves_of_a_description_hides_no_entry(tmp_path: Path) -> None:
+    entry = make_entry(tmp_path, "half", used=1)
+    half_written = entry.folder / ".about.json.0a1b2c3d.tmp"
+    half_written.write_text("{")
+    assert left(tmp_path) == ["half"]
+    entry.open({"data": "half"})
+    assert not half_written.exists()
+
+
 def test_reading_an_entry_counts_as_use(tmp_path: Path) -> None:
     data = image_set(4)
     entry = written(tmp_path, data)

@@ -268,3 +268,6 @@ def test_containers_in_themselves_and_under_false_names(tmp_path: Path) -> None:
     packed(tmp_path / "size.pth", b"\x80\x02ctorch\nSize\n]\x85RK\x01K\x02s.")
     with pytest.raises(WeightsError, match=r"size\.pth was not loaded: it puts entries into torch\.Size; save its"):
         read_tensors(tmp_path / "size.pth")
+    packed(tmp_path / "deque.pth", b"\x80\x02ccollections\ndeque\n)RK\x01a.")
+    with pytest.raises(WeightsError, match=r"deque\.pth was not loaded: it puts entries into collections\.deque; save"):
+        read_tensors(tmp_path / "deque.pth")

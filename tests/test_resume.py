@@ -133,6 +133,16 @@ def test_killed_between_the_last_two_writes(recipe: Recipe, whole: Path, tmp_pat
     assert {entry.name for entry in folder.iterdir()} == {entry.name for entry in whole.iterdir()}
 
 
+def test_a_summary_that_cannot_be_believed_costs_no_checkpoint(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint.pt").write_bytes(b"not read")
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(RunError):
+        resume(folder)
+    assert (folder / "checkpoint.pt").exists()
+
+
 def test_killed_before_the_files_were_written(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     """After the last epoch nothing is trained again, only tested and written."""
     folder = tmp_path / "run"

@@ -323,3 +323,5 @@ def test_names_of_classes(tmp_path: Path) -> None:
     for text, reason in (("ant\nbee\nant", "names 'ant' twice"), ("ant\n\nbee", "has a line without a name")):
         (tmp_path / "classes.txt").write_text(text)
         assert refused(tmp_path).startswith(f"{tmp_path}/classes.txt {reason}; expected the name of a class in each")
+    (tmp_path / "classes.txt").write_text("ant\n" * 2**19)
+    assert refused(tmp_path).startswith(f"{tmp_path}/classes.txt cannot be read (")

@@ -87,6 +87,12 @@ class Thing:
         if self.name not in self.CONTAINERS:
             raise StrangeError(f"it puts entries into {self.name}")
 
+    def append(self, _: object) -> None:
+        """Refuse what a pickle does to a list or a deque of its own."""
+        raise StrangeError(f"it puts entries into {self.name}")
+
+    extend = add = append
+
 
 class DryRun(BoundedUnpickler):
     """Goes through a pickle of `torch.save` and notes the storages that it names; nothing of it is made.

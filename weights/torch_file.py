@@ -92,7 +92,7 @@ def require_plain(held: object, most: int) -> None:
     """
     size = 0
     for tensor in _tensors(held):
-        # Quantised ones may point outside their memory (pytorch/pytorch issue 184652).
+        # Quantised ones may point outside their memory.
         if tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
             raise UnfitError("it holds sparse, quantised or nested tensors, or some without values")
         size += tensor.numel() * tensor.element_size()
