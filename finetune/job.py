@@ -27,6 +27,7 @@ from finetune.device import pick_device
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet
 from finetune.layers import fingerprint
+from finetune.machine import free_memory
 from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
@@ -36,6 +37,7 @@ from finetune.rundir import require_empty
 from finetune.scratch import few_steps
 from finetune.sharing import require_rows
 from finetune.sources import images_sha256
+from finetune.stream import HEADROOM
 from weights.errors import StoppedError, UsageError, WeightsError
 from weights.locate import Found
 
@@ -131,7 +133,7 @@ def prepare(
     if recipe.data not in DATA_NAMES:
         require_data(recipe.data, labels=recipe.labels)  # before weights are looked for, or even downloaded
     found = find_weights(recipe)
-    data = shared.data if shared is not None else read_splits(recipe, found, events)
+    data = shared.data if shared is not None else read_splits(recipe, found, events, ranks.local_size)
     if recipe.hold_test:
         data = replace(data, test=None)
     for note in data.notes:
@@ -223,14 +225,17 @@ def _require_same_formats(ranks: Ranks, computing: Computing) -> None:
     )
 
 
-def read_splits(recipe: Recipe, found: Found, events: Events) -> DataSplits:
-    """Read the recipe's data and split them."""
+def read_splits(recipe: Recipe, found: Found, events: Events, processes: int = 1) -> DataSplits:
+    """Read the recipe's data and split them; `processes` do so at the same time on this machine."""
+    memory = None if recipe.image_memory is None else parse_bytes(recipe.image_memory, "--image-memory")
+    if processes > 1:  # each finds the same memory free
+        memory = min(memory or free_memory(), int(HEADROOM * free_memory())) // processes
     return load_data(
         recipe.data,
         data_dir=recipe.data_dir,
         labels=recipe.labels,
         image_size=recipe.image_size or int(found.arch.config["input_size"][-1]),
-        image_memory=None if recipe.image_memory is None else parse_bytes(recipe.image_memory, "--image-memory"),
+        image_memory=memory,
         val_fraction=recipe.val_fraction,
         limit=recipe.limit,
         shots=recipe.shots,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed import rendezvous  # type: ignore[attr-defined]
 
 from finetune.launch import launched
 from finetune.machine import cores
@@ -51,7 +50,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def _join() -> Ranks:
-    import torch
+    from torch.distributed import rendezvous  # type: ignore[attr-defined]  # absent where PyTorch has no such part
 
     rank, size, local, local_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -114,7 +113,9 @@ def explained(ranks: Ranks, error: BaseException) -> BaseException:
         elif text == words(first):
             error.told = not ranks.first
         elif isinstance(error, StoppedError):
-            return RunError(words(first))
+            lost = RunError(words(first))
+            lost.told = not ranks.first
+            return lost
     return error
 
 
