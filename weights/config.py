@@ -13,7 +13,7 @@ from typing import Any
 from weights.guard import shortened, told
 
 LARGEST_SIDE = 2048
-"""Pixels. The largest input of timm's pretrained networks is 800 (tf_efficientnet_l2)."""
+"""Pixels. The largest input of timm's pretrained networks is 1,024 (those of SAM)."""
 
 SMALLEST_CROP = 0.25
 """Share of an image that is kept; images are scaled to the side divided by it, so a small one asks for much memory."""
