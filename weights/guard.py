@@ -125,9 +125,10 @@ def told(value: object) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return somebody else's text for a message: its beginning, where it is long.
+    """Return somebody else's text for a message, on one line: its beginning, where it is long.
 
     Args:
         text: of any length.
     """
-    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+    start = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:SHOWN])
+    return start if len(text) <= SHOWN else start + "…"
