@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from finetune.layers import Selection
-from finetune.recipe import AUTO, Recipe
+from finetune.recipe import AUTO, Recipe, resolve_auto
 
 LONG = 200_000  # images in all epochs together; 240,000 and 400,000 were measured (docs/decisions/0012), fewer were not
 BATCH = 384  # Muon's products cost the same for a batch of any size, so small ones cost most
@@ -28,7 +28,8 @@ def settle_auto(recipe: Recipe, images: int, fresh_stage: bool) -> Recipe:
         images: training images.
         fresh_stage: of `trains_fresh_stage`.
     """
-    long = fresh_stage and images * (recipe.epochs or 8) >= LONG and recipe.optimizer in (AUTO, "muon")
+    passes = images * (resolve_auto(recipe, images).epochs or 1)
+    long = fresh_stage and passes >= LONG and recipe.optimizer in (AUTO, "muon")
     whole = recipe.patience == 0 and recipe.budget is None  # else training may end before its epochs on all images
     return replace(
         recipe,

@@ -81,16 +81,14 @@ def _make_muon(suffix: nn.Module, groups: list[dict[str, Any]], recipe: Recipe) 
         recipe: lr is read.
     """
     matrices = [value for value in suffix.parameters() if value.requires_grad and value.ndim == 2]
+    classifier = matrices[-1] if matrices else None
     split = []
     for group in groups:
-        for fallback in (False, True):
-            own = [
-                one
-                for one in group["params"]
-                if (one.ndim < 2 or any(one is last for last in matrices[-1:])) == fallback
-            ]
-            if own:
-                split.append({**group, "params": own, "lr": MUON_RATE * group["lr"], "use_fallback": fallback})
+        by_fallback: dict[bool, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_fallback.setdefault(parameter.ndim < 2 or parameter is classifier, []).append(parameter)
+        for fallback, parameters in by_fallback.items():
+            split.append({**group, "params": parameters, "lr": MUON_RATE * group["lr"], "use_fallback": fallback})
     return Muon(
         split,
         lr=MUON_RATE * peak_rate(recipe),
