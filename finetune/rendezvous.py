@@ -1,16 +1,18 @@
 """How the processes of a run find each other, and how they part.
 
 torchrun starts them, and `joined` connects them for the length of a run. When one ends with an error, it leaves its
-words in torchrun's store; the others lose the connection to it, find these words, and end with them.
+words in torchrun's store and closes its connections; the others notice that, find these words, and end with them.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import distributed
 from finetune.launch import launched
 from finetune.machine import cores
 from finetune.ranks import ENDED, STEP_TIMEOUT, WAIT_TIMEOUT, Ranks, words
-from weights.errors import FinetuneError, RunError, StoppedError
+from weights.errors import FinetuneError, RunError, StoppedError, UsageError
 
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")  # in PyTorch's words for a lost one
 
@@ -32,6 +34,7 @@ def joined() -> Iterator[Ranks]:
 
     Raises:
         RunError: another process ended or cannot be reached.
+        UsageError: this process has a process group already.
     """
     if not launched():
         yield Ranks()
@@ -41,15 +44,49 @@ def joined() -> Iterator[Ranks]:
         yield ranks
     except BaseException as error:
         own = explained(ranks, error)
-        if distributed.get_backend() == "gloo":  # nccl would wait for what the others no longer do
-            distributed.destroy_process_group()
+        _part_after(ranks, error)
         if own is error:
             raise
         raise own from error
-    distributed.destroy_process_group()
+    _part(ranks)
+
+
+def _part(ranks: Ranks) -> None:
+    """Leave the groups, so that another run of this process can make its own."""
+    ranks.store = ranks.patient = None
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _part_after(ranks: Ranks, error: BaseException) -> None:
+    """Leave the groups and close the connections to the others, who may be waiting for this process.
+
+    gloo closes a connection when nothing refers to its group any more. An error refers to the frames that it came
+    through, and these to DistributedDataParallel and to what is under way; whoever catches it may keep it. So what
+    these frames hold is let go.
+    """
+    if (everyone := distributed.group.WORLD) is not None:
+        with suppress(RuntimeError):
+            everyone.abort()  # nccl's part: leaving it would wait for what the others no longer do
+    del everyone
+    _part(ranks)
+    seen: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None and each not in seen:
+            seen.append(each)
+            traceback.clear_frames(each.__traceback__)
+            left += [each.__cause__, each.__context__]
+    gc.collect()  # DistributedDataParallel is in circles of references
 
 
 def _join() -> Ranks:
+    if distributed.is_initialized():
+        raise UsageError(
+            "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run "
+            "under torchrun makes its own; call torch.distributed.destroy_process_group() before it."
+        )
     from torch.distributed import rendezvous  # type: ignore[attr-defined]  # absent where PyTorch has no such part
 
     rank, size, local, local_size = (
@@ -68,6 +105,8 @@ def _join() -> Ranks:
         )
         patient: Any = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     except RuntimeError as error:
+        if distributed.is_initialized():  # for the next run of this process
+            distributed.destroy_process_group()
         raise RunError(
             f"The {size} processes of this run do not reach each other ({_first_line(error)}); check the address that "
             "torchrun was given, and whether each machine can open connections to the others."

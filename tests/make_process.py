@@ -61,6 +61,21 @@ def start(folder: Path, *words: str, prepare: Callable[[], object] | None = None
     return process
 
 
+def as_rank(rank: int, port: int, then: Callable[[], object] | None) -> None:
+    """Be one of two processes of a run, as torchrun would say it; a `prepare` of `start`.
+
+    Args:
+        rank: 0 or 1.
+        port: of a store on this machine, as torchrun has one.
+        then: called after that.
+    """
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1")
+    if then is not None:
+        then()
+
+
 def finish(process: BaseProcess) -> int:
     """Wait for a process and return its exit code, which is minus the signal's number for one that was killed."""
     process.join()

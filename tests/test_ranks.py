@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from make_data import make_images, write_cifar100_python
-from make_process import ROOT, finish, start
+from make_process import ROOT, as_rank, finish, start
 from make_run import metrics, tiny_recipe, write_weights
 from torch import nn
 from torch.distributed import HashStore, TCPStore
@@ -70,15 +70,6 @@ def vit(place: Path) -> tuple[Recipe, Path]:
     recipe = recipe_of(place, "test_vit", ema=0.9, skip_easy=0.5)
     run(recipe, place / "vit")
     return recipe, place / "vit"
-
-
-def as_rank(rank: int, port: int, then: Callable[[], object] | None) -> None:
-    """Be one of two processes, as torchrun would say it."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(number) for name, number in numbers.items()})
-    os.environ.update(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1")
-    if then is not None:
-        then()
 
 
 def start_two(folder: Path, *words: tuple[str, ...], then: Callable[[], object] | None = None) -> list[tuple[int, str]]:

@@ -1,0 +1,90 @@
+"""How the processes of a run part, whatever is kept of an error, and meet again for the next run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from make_process import as_rank, finish, start
+from torch import distributed, nn
+from torch.distributed import HashStore, TCPStore
+
+from finetune.ranks import Ranks
+from finetune.rendezvous import joined
+from weights.errors import DataError, FinetuneError, UsageError
+
+WAITS: tuple[Callable[[Ranks], object], ...] = (lambda ranks: ranks.sum(torch.ones(1)), Ranks.wait)
+"""What the first process waits in when the second one ends: in a group of its own each."""
+
+
+def train(ranks: Ranks, wait: Callable[[Ranks], object]) -> None:
+    """Take a step; then the second process fails, and the first one waits for it."""
+    forward = ranks.wrap(nn.Linear(3, 1), torch.device("cpu"))
+    forward(torch.ones(2, 3)).sum().backward()
+    if not ranks.first:
+        raise DataError("photos is damaged.")
+    wait(ranks)
+
+
+def part_and_meet() -> None:
+    """Fail twice and keep the errors, as a caller may, and do it right the third time."""
+    kept = []
+    for number, wait in enumerate(WAITS):
+        heard = Path(f"../heard-{number}")
+        try:
+            with joined() as ranks:
+                train(ranks, wait)
+        except FinetuneError as error:
+            kept.append(error)
+            print(error)
+        if ranks.first:
+            heard.touch()
+        until = time.monotonic() + 60  # looked at only where the first process is left waiting
+        while not heard.exists():
+            if time.monotonic() > until:
+                sys.exit("The first process was not left.")
+            time.sleep(0.01)
+    with joined() as ranks:
+        print(f"{ranks.sum(torch.ones(1)).item():.0f} together after {len(kept)} errors")
+    sys.exit()
+
+
+def test_a_process_whose_error_is_kept_has_left_and_the_next_run_has_both(tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    folders = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        start(folder, prepare=partial(as_rank, rank, store.port, part_and_meet)) for rank, folder in enumerate(folders)
+    ]
+    codes = [finish(process) for process in processes]
+    told = [(folder / "out.txt").read_text().splitlines() for folder in folders]
+    assert codes == [0, 0], [(folder / "err.txt").read_text() for folder in folders]
+    assert told == [
+        ["Process 1 of this run ended: photos is damaged."] * 2 + ["2 together after 2 errors"],
+        ["photos is damaged."] * 2 + ["2 together after 2 errors"],
+    ]
+
+
+@pytest.fixture
+def _launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seem to be started by torchrun."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+@pytest.mark.usefixtures("_launched")
+def test_a_process_that_is_in_a_group_already() -> None:
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UsageError) as error, joined():
+            pass
+    finally:
+        distributed.destroy_process_group()
+    assert str(error.value) == (
+        "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run under "
+        "torchrun makes its own; call torch.distributed.destroy_process_group() before it."
+    )
