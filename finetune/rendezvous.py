@@ -34,7 +34,7 @@ def joined() -> Iterator[Ranks]:
 
     Raises:
         RunError: another process ended or cannot be reached.
-        UsageError: this process has a process group already.
+        UsageError: this build of PyTorch cannot do it, or this process has a process group already.
     """
     if not launched():
         yield Ranks()
@@ -82,6 +82,11 @@ def _part_after(ranks: Ranks, error: BaseException) -> None:
 
 
 def _join() -> Ranks:
+    if not distributed.is_available():
+        raise UsageError(
+            f"{os.environ['WORLD_SIZE']} processes are to share this run, and this build of PyTorch has no distributed "
+            "part; start one process without torchrun, or install a build that has it."
+        )
     if distributed.is_initialized():
         raise UsageError(
             "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run "

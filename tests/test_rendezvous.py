@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from make_process import as_rank, finish, start
+from make_process import ROOT, as_rank, finish, start
 from torch import distributed, nn
 from torch.distributed import HashStore, TCPStore
 
@@ -88,3 +90,25 @@ def test_a_process_that_is_in_a_group_already() -> None:
         "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run under "
         "torchrun makes its own; call torch.distributed.destroy_process_group() before it."
     )
+
+
+@pytest.mark.usefixtures("_launched")
+def test_a_pytorch_without_its_distributed_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process does without it; several are refused."""
+    bare = ModuleType("torch.distributed")
+    bare.is_available = lambda: False  # type: ignore[attr-defined]  # all that such a build has there
+    monkeypatch.setitem(sys.modules, "torch.distributed", bare)
+    monkeypatch.setattr(torch, "distributed", bare)
+    alone = runpy.run_path(str(ROOT / "finetune" / "ranks.py"))["Ranks"]()
+    assert float(alone.sum(torch.ones(1))) == 1
+    assert alone.wrap(nn.Identity(), torch.device("cpu"))(2) == 2
+    joining = runpy.run_path(str(ROOT / "finetune" / "rendezvous.py"))["joined"]
+    with pytest.raises(UsageError) as error, joining():
+        pass
+    assert str(error.value) == (
+        "2 processes are to share this run, and this build of PyTorch has no distributed part; start one process "
+        "without torchrun, or install a build that has it."
+    )
+    monkeypatch.delenv("WORLD_SIZE")
+    with joining() as ranks:
+        assert ranks.alone
