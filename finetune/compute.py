@@ -14,9 +14,8 @@ from torch import nn
 from finetune.augment import Views
 from finetune.cache import default_cache_dir
 from finetune.cut import Cut
-from finetune.device import device_name, settle
+from finetune.device import PREFIX_BATCH, device_name, prefix_batch, settle
 from finetune.events import Events
-from finetune.features import RowShape
 from finetune.fit import Trainer
 from finetune.forecast import make_plan
 from finetune.images import DataSplits, ImageSet
@@ -26,7 +25,7 @@ from finetune.models import Prepared
 from finetune.placement import MEMORIES, MEMORY_SHARE, Placement, memory_for, place, size
 from finetune.plan import Plan
 from finetune.precision import DTYPES, Choice, choose, compile_module, largest_that_runs, remembered
-from finetune.prefix import PREFIX_BATCH, PreparedPrefix, prefix_batch, prepare_prefix
+from finetune.prefix import PreparedPrefix, prepare_prefix
 from finetune.ranks import Ranks
 from finetune.recipe import Recipe, parse_bytes
 from finetune.residency import ImagePlace, place_images
@@ -392,6 +391,3 @@ def memory_budget(recipe: Recipe) -> int:
     if recipe.memory_budget:
         return parse_bytes(recipe.memory_budget, "--memory-budget")
     return int(MEMORY_SHARE * free_memory())
-
-
-__all__ = ["Computing", "RowShape", "cache_folder", "decide"]

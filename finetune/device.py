@@ -1,4 +1,4 @@
-"""Which device PyTorch computes on, its name, waiting for it, and modules moved to it."""
+"""Which device PyTorch computes on, its name, its batches, waiting for it, and modules moved to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import fx, nn
 
 from finetune.machine import cpu_name
 from weights.errors import UsageError
+
+PREFIX_BATCH = 64  # images per call: larger batches were no faster on a CPU and cost memory (docs/log.md)
+GPU_BATCH = 256  # a GPU is through with few images before the host has launched what follows (not measured)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -46,6 +49,11 @@ def device_name(device: torch.device) -> str:
         return f"GPU of {cpu_name()}"
     threads = torch.get_num_threads()
     return f"{cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def prefix_batch(device: torch.device) -> int:
+    """Return how many images a prefix computes per call on a device."""
+    return GPU_BATCH if device.type == "cuda" else PREFIX_BATCH
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from finetune.augment import Views
 from finetune.cut import cut_model
-from finetune.device import pick_device, settle
+from finetune.device import pick_device, prefix_batch, settle
 from finetune.eval_data import SPLITS, choose_images, repeated_images
 from finetune.events import Events
 from finetune.images import ImageSet
@@ -34,7 +34,7 @@ from finetune.metrics import (
 )
 from finetune.models import head_names
 from finetune.precision import DTYPES, Choice
-from finetune.prefix import prefix_batch, prepare_prefix
+from finetune.prefix import prepare_prefix
 from finetune.recipe import Recipe
 from finetune.sources import Live
 from finetune.trained import Trained

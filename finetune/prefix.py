@@ -16,14 +16,12 @@ from torch import fx, nn
 
 from finetune.augment import Preprocessing
 from finetune.cut import Cut
-from finetune.device import settle
+from finetune.device import prefix_batch, settle
 from finetune.features import Prefix, RowShape
 from finetune.fold import fold_batch_norms
 from finetune.layers import tensor_sha256
 from finetune.precision import DTYPES, Choice, compile_module
 
-PREFIX_BATCH = 64  # images per call: larger batches were no faster on a CPU and cost memory (docs/log.md)
-GPU_BATCH = 256  # a GPU is through with few images before the host has launched what follows (not measured)
 FP32_ERROR = 1e-3  # relative; folding rounds once per layer, 1e-6 is usual
 BF16_ERROR = 0.1  # relative; bf16 keeps 8 bits (2**-8 = 0.004) per layer, 0.01 to 0.03 is usual
 
@@ -52,11 +50,6 @@ class PreparedPrefix:
     def for_test(self) -> PreparedPrefix:
         """What computes the test split's features: in fp32, eager, as whoever loads the model will."""
         return self.exact or self
-
-
-def prefix_batch(device: torch.device) -> int:
-    """Return how many images a prefix computes per call on a device."""
-    return GPU_BATCH if device.type == "cuda" else PREFIX_BATCH
 
 
 def prepare_prefix(

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.decode import CHUNK, ImageFile, Receiver, decode_files, decode_image, reason_of
+from finetune.device import PREFIX_BATCH
 from finetune.images import Images, ImageSet, Progress
 from finetune.machine import free_memory
 from weights.errors import DataError
@@ -34,9 +35,12 @@ HEADROOM = 0.9
 COPIES = 2
 """Times that decoded images lie in memory while they are divided into splits."""
 
-LEAST = 192
-"""Images that are held at a time, whatever the memory: three batches of the frozen part. One is handed out, one lies
-beside it until it is copied, and one is decoded ahead."""
+BATCHES = 3
+"""Batches that are held at a time, whatever the memory. One is handed out, one lies beside it until it is copied, and
+one is decoded ahead."""
+
+LEAST = BATCHES * PREFIX_BATCH
+"""Images that are held at a time, whatever the memory, until larger batches are asked for, as a GPU does."""
 
 AHEAD = 512
 """Images that are decoded ahead where they are read in order, if the limit allows it: half a second of work for two
@@ -72,7 +76,7 @@ class Decoder:
         classes: names of the classes.
         side: S.
         resize: as for `decode_image`.
-        memory: bytes that decoded images may take; `LEAST` images are held in any case.
+        memory: bytes that decoded images may take; `LEAST` images are held in any case, and three batches.
     """
 
     def __init__(
@@ -95,6 +99,10 @@ class Decoder:
         self._coming: dict[int, tuple[_Piece, int]] = {}  # by place: where it is decoded, and as which of its images
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # for good: threads read on between calls, and said it once
+
+    def make_room(self, batch: int) -> None:
+        """Let three batches of so many images be held, whatever the memory."""
+        self.limit = max(self.limit, BATCHES * batch)
 
     def learn(self, place: int, image: NDArray[np.uint8]) -> None:
         """Take the digests of an image that was decoded, uint8 (3, S, S); called by any thread."""
@@ -203,6 +211,7 @@ class Streamed:
 
     def expect(self, *groups: torch.Tensor) -> None:
         """Begin to decode the int64 (B,) rows that will be asked for, batch after batch."""
+        self.decoder.make_room(max(map(len, groups), default=0))
         self.decoder.expect(*(self.places[rows.cpu().numpy()].tolist() for rows in groups))
 
     def part(self, rows: NDArray[np.int64]) -> Streamed:
@@ -211,7 +220,8 @@ class Streamed:
 
     def block(self, batch: int) -> int:
         """Return how many images to ask for at a time: whole batches, three times of which keep to the limit."""
-        return batch * max(1, min(BLOCK, self.decoder.limit // (3 * batch)))
+        self.decoder.make_room(batch)
+        return batch * min(BLOCK, self.decoder.limit // (BATCHES * batch))
 
     @property
     def pixel_digests(self) -> list[bytes]:

@@ -19,6 +19,7 @@ import torch
 from finetune.augment import Views
 from finetune.cache import Entry, key_of, make_room
 from finetune.compute import cache_folder, memory_budget, quicker_than_disk
+from finetune.device import PREFIX_BATCH
 from finetune.events import Events
 from finetune.features import Prefix, Progressing
 from finetune.images import ImageSet
@@ -26,7 +27,6 @@ from finetune.job import Job
 from finetune.merge import join
 from finetune.one_pass import InMemory, OnDisk, run_pass
 from finetune.placement import Placement, place
-from finetune.prefix import PREFIX_BATCH
 from finetune.recipe import parse_bytes
 from finetune.sources import FeatureBuilder
 from weights.errors import UsageError

@@ -18,6 +18,7 @@ from finetune import stream
 from finetune.augment import Preprocessing, Views
 from finetune.cache import list_entries
 from finetune.data import load_data
+from finetune.device import prefix_batch
 from finetune.evaluate import evaluate
 from finetune.events import Events
 from finetune.images import ImageSet
@@ -134,6 +135,9 @@ def test_rows_are_those_of_images_in_memory(root: Path) -> None:
     assert torch.equal(torch.cat(list(blocks(train, 5, 600, 32))), whole[5:])
     assert [len(block) for block in blocks(train, 0, 150, 32)] == [64, 64, 22], "two batches, of which three fit"
     assert train.decoder.most <= train.decoder.limit
+    large = prefix_batch(torch.device("cuda"))
+    assert [len(block) for block in blocks(train, 0, 600, large)] == [large, large, 600 - 2 * large]
+    assert LEAST < train.decoder.most <= train.decoder.limit == 3 * large, "batches of a GPU, whatever the memory"
 
 
 def test_batches_that_were_announced_are_decoded_ahead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
