@@ -16,6 +16,7 @@ from finetune.cache import default_cache_dir
 from finetune.cut import Cut
 from finetune.device import PREFIX_BATCH, device_name, prefix_batch, settle
 from finetune.events import Events
+from finetune.features import compute_rows, gathered_bytes
 from finetune.fit import Trainer
 from finetune.forecast import make_plan
 from finetune.images import DataSplits, ImageSet
@@ -131,7 +132,7 @@ def decide(
     pick_training = _picker(only, prepared, device, events, choices, ranks)
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training, ranks)
     memory = memories[training.precision]
-    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data.train)
+    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data.train, views)
     placement, missing, on_disk = _place(recipe, data, views, prefix, left, held, room, ranks)
     if not held:
         memory.require_beside(placement, batch)
@@ -167,10 +168,14 @@ def _room(
     device: torch.device,
     prefix: PreparedPrefix | None,
     train: ImageSet,
+    views: Views,
 ) -> int | None:
     """Return the bytes of a GPU's own memory for features or images; None where there is none."""
-    few = train.images[: prefix_batch(device)]
-    runs = [partial(made.prefix, few) for made in (prefix, prefix.for_test)] if prefix else []
+    runs: list[tuple[Callable[[], object], int]] = []
+    last = views.count - 1  # the first view may be the image as it is, which takes nothing to make
+    for made in (prefix.prefix, prefix.for_test.prefix) if prefix else ():
+        few = min(made.batch, len(train))
+        runs.append((partial(compute_rows, made, train, views, last, 0, few), gathered_bytes(made)))
     room = gpu_room(memory, batch, device, runs)
     return min(room, memory_budget(recipe)) if room is not None and recipe.memory_budget else room
 

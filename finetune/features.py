@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from finetune.augment import Preprocessing, Views
-from finetune.cache import Entry
+from finetune.cache import CHUNK_BYTES, Entry
 from finetune.images import ImageSet, Progress
 from finetune.residency import Store
-from finetune.stream import blocks
+from finetune.stream import BLOCK, blocks
 
 READ_AHEAD = 2  # chunks: checking one keeps a core busy, and there are two at least
 Run = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -167,7 +167,7 @@ def compute_view(
         RunError: the cache cannot be written (disk full).
     """
     count = len(data)
-    chunk_rows = entry.chunk_rows if entry else prefix.batch * 8
+    chunk_rows = entry.chunk_rows if entry else prefix.batch * BLOCK
     starts = range(0, count, chunk_rows)
     reading: deque[Future[list[torch.Tensor] | None]] = deque()
     with ThreadPoolExecutor(READ_AHEAD) as disk:
@@ -189,14 +189,23 @@ def compute_view(
 
 
 def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
-    """Return the stored crossing tensors of one view of the images from `start` to before `stop`, on the device."""
+    """Return the stored crossing tensors of one view of the images from `start` to before `stop`, on the device.
+
+    It holds one batch of images at a time, and the features gather.
+    """
     parts, low = [], start
-    for images in blocks(data.images, start, stop, prefix.batch):
-        rows = torch.arange(low, low + len(images))
-        low += len(images)
-        seen = views.apply(images.to(prefix.device, non_blocking=True), rows, torch.full_like(rows, view))
-        parts.append([to_stored(value) for value in prefix(seen)])
+    for block in blocks(data.images, start, stop, prefix.batch):
+        for images in block.split(prefix.batch):
+            rows = torch.arange(low, low + len(images))
+            low += len(images)
+            seen = views.apply(images.to(prefix.device, non_blocking=True), rows, torch.full_like(rows, view))
+            parts.append([to_stored(value) for value in prefix(seen)])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def gathered_bytes(prefix: Prefix) -> int:
+    """Return the most bytes of features that gather on the device before they are kept: a chunk, on disk or not."""
+    return max(CHUNK_BYTES, BLOCK * prefix.batch * sum(row.bytes for row in prefix.rows))
 
 
 class Progressing:

@@ -151,7 +151,7 @@ def exhaustion_explained(smaller: int | None = None) -> Iterator[None]:
 
 
 def gpu_room(
-    memory: StepMemory, batch: int, device: torch.device, features: Sequence[Callable[[], object]]
+    memory: StepMemory, batch: int, device: torch.device, features: Sequence[tuple[Callable[[], object], int]]
 ) -> int | None:
     """Return the bytes of a GPU's own memory that features or images may take; None on other devices.
 
@@ -159,11 +159,13 @@ def gpu_room(
         memory: of training.
         batch: images per step.
         device: where it trains.
-        features: what computes a batch of features, in each format that will; it is run to see what it takes.
+        features: in each format that there will be: what computes a batch of features, which is run to see what it
+            takes, and the bytes of features that gather beside it before they are kept.
     """
     if device.type != "cuda":
         return None
-    peak = max((peak_memory(compute, device) for compute in features), default=0)
+    # What has gathered is there twice when it is put together, and no batch then.
+    peak = max((gathered + max(peak_memory(compute, device), gathered) for compute, gathered in features), default=0)
     return memory.room(batch, _free(device), peak)
 
 

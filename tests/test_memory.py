@@ -5,11 +5,17 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from make_features import NONE, TWO_TENSORS, Counted, builder, image_set
 from torch import nn
 
+from finetune import cache, compute, features, memory
+from finetune.augment import Views
+from finetune.features import gathered_bytes
 from finetune.memory import GPU_SHARE, StepMemory, exhaustion_explained, gpu_room, step_memory
 from finetune.placement import Placement
 from finetune.precision import largest_that_runs
@@ -71,11 +77,60 @@ def test_a_batch_that_does_not_fit() -> None:
 
 
 def test_a_gpus_memory_leaves_training_twice_its_lower_bound_or_what_features_take_for_a_while() -> None:
-    memory = StepMemory(10**6, 10**8, 8 * GB, shared=False)
-    assert memory.room(100, 8 * GB) == GPU_SHARE * 8 * GB - 2 * (10**8 + 100 * 10**6)
-    assert memory.room(100, 8 * GB, peak=2 * GB) == GPU_SHARE * 8 * GB - 2 * GB
-    assert memory.room(100, 10**8) == 0
-    assert gpu_room(memory, 100, CPU, []) is None  # no memory of its own
+    step = StepMemory(10**6, 10**8, 8 * GB, shared=False)
+    assert step.room(100, 8 * GB) == GPU_SHARE * 8 * GB - 2 * (10**8 + 100 * 10**6)
+    assert step.room(100, 8 * GB, peak=2 * GB) == GPU_SHARE * 8 * GB - 2 * GB
+    assert step.room(100, 10**8) == 0
+    assert gpu_room(step, 100, CPU, []) is None  # no memory of its own
+
+
+def test_features_that_gather_are_counted_beside_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's figures are given here; on one they are measured."""
+    monkeypatch.setattr(memory, "_free", lambda device: 8 * GB)
+    monkeypatch.setattr(memory, "peak_memory", lambda work, device: work())
+    step = StepMemory(0, 0, 8 * GB, shared=False)
+
+    def room(peak: int, gathered: int) -> float:
+        found = gpu_room(step, 100, torch.device("cuda"), [(lambda: 0, 0), (lambda: peak, gathered)])
+        return GPU_SHARE * 8 * GB - (found or 0)
+
+    assert room(2 * GB, GB) == 3 * GB
+    assert room(GB, 2 * GB) == 4 * GB, "twice, when they are put together"
+
+
+def test_what_is_held_while_features_are_computed_is_what_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counted, seen, gathered = Counted(TWO_TENSORS), list[int](), list[int]()
+    made, (apply, compute_rows) = counted.prepared(), (Views.apply, features.compute_rows)
+
+    def noted_views(self: Views, images: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return apply(self, images, *where)
+
+    def noted_rows(*arguments: Any) -> list[torch.Tensor]:
+        values = compute_rows(*arguments)
+        gathered.append(sum(value.nbytes for value in values))
+        return values
+
+    monkeypatch.setattr(Views, "apply", noted_views)
+    monkeypatch.setattr(features, "compute_rows", noted_rows)
+    for module in (cache, features):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 20 * sum(row.bytes for row in TWO_TENSORS))
+    for on_disk in (False, True):
+        builder(tmp_path, made, on_disk=on_disk).features(image_set(50), NONE, "train")
+        assert max(gathered) <= gathered_bytes(made.prefix), on_disk
+    assert max(gathered) == gathered_bytes(made.prefix)
+    assert max(seen) == made.prefix.batch == 2
+
+    asked: list[tuple[Callable[[], object], int]] = []
+    monkeypatch.setattr(compute, "gpu_room", lambda step, batch, device, runs: asked.extend(runs))
+    compute._room(Recipe(), StepMemory(0, 0, 0, shared=False), 4, CPU, made, image_set(50), Views("flip", 2))
+    before = counted.images
+    for run, size in asked:
+        run()
+        assert size == gathered_bytes(made.prefix)
+    assert counted.images == before + 2 * made.prefix.batch, "a batch in each of both formats"
 
 
 def test_the_batch_size_that_is_named_is_half_or_less() -> None:
