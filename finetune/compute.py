@@ -174,8 +174,8 @@ def _room(
     runs: list[tuple[Callable[[], object], int]] = []
     last = views.count - 1  # the first view may be the image as it is, which takes nothing to make
     for made in (prefix.prefix, prefix.for_test.prefix) if prefix else ():
-        few = min(made.batch, len(train))
-        runs.append((partial(compute_rows, made, train, views, last, 0, few), gathered_bytes(made)))
+        work = partial(compute_rows, made, train, views, last, 0, min(made.batch, len(train)))
+        runs.append((work, gathered_bytes(made)))
     room = gpu_room(memory, batch, device, runs)
     return min(room, memory_budget(recipe)) if room is not None and recipe.memory_budget else room
 
@@ -188,7 +188,7 @@ def _picker(
     choices: dict[str, Any] | None,
     ranks: Ranks,
 ) -> Callable[..., Choice]:
-    """Return pick(part, build, images per step, images of work, sizes, fits): resumed, remembered or measured now.
+    """Return pick(part, build, images per step, images of work, sizes, more): resumed, remembered or measured now.
 
     Of several processes the first one picks, while the others wait and leave the machine to it.
     """
@@ -205,7 +205,7 @@ def _picker(
         "compiler": bool(find_compiler()),
     }
 
-    def pick(part: str, build: Any, step_images: int, work: int, sizes: int = 1, fits: Any = None) -> Choice:
+    def pick(part: str, build: Any, step_images: int, work: int, sizes: int = 1, **more: Any) -> Choice:
         if choices is not None and choices.get(part):
             return replace(Choice(**choices[part]), compile_seconds=0.0)
 
@@ -220,7 +220,7 @@ def _picker(
                 compile_mode=recipe.compile,
                 compiler=find_compiler(),
                 device=device,
-                fits=fits,
+                **more,
             )
 
         # The amount of work decides whether compiling is tried, to a factor of two.
@@ -291,7 +291,7 @@ def _choose_training(
 
     Several processes train eagerly: DistributedDataParallel sends gradients while the backward pass goes on.
     """
-    batch = -(-min(recipe.batch_size or 1, len(train)) // ranks.size)
+    batch = -(-(whole := min(recipe.batch_size or 1, len(train))) // ranks.size)
     rows = torch.arange(batch) % min(PREFIX_BATCH, len(train))
     suffix = settle(cut.suffix, device)
     before = {name: value.clone() for name, value in suffix.state_dict().items()}
@@ -321,7 +321,8 @@ def _choose_training(
     state = torch.get_rng_state()
     work = (recipe.epochs or 1) * len(train) * Skipping(len(train), recipe.epochs or 1, recipe.skip_easy or 0.0).cost
     sizes = len(set(windows.sides)) if windows else 1  # each is compiled by itself
-    choice = pick("training", build, batch, round(work * (windows.cost if windows else 1.0)), sizes, fits)
+    work = round(work * (windows.cost if windows else 1.0))
+    choice = pick("training", build, batch, work, sizes, fits=fits, batch=whole)
     torch.set_rng_state(state)
     suffix.load_state_dict(before)
     suffix.zero_grad(set_to_none=True)

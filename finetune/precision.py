@@ -103,6 +103,7 @@ def choose(
     device: torch.device,
     compilations: int = 1,
     fits: Callable[[str], int | None] | None = None,
+    batch: int | None = None,
 ) -> Choice:
     """Time the candidates and return the fastest.
 
@@ -116,6 +117,7 @@ def choose(
         device: where the steps run.
         compilations: sizes of input that will be met; each is compiled by itself.
         fits: given a precision, finds a smaller number of images of which a step runs; asked where no candidate fits.
+        batch: images of a training step, of which `images_per_step` are one process's share; None for another step.
 
     Returns:
         The choice, its reason naming the rates of what was tried. A choice that was asked for is timed all the same,
@@ -138,7 +140,7 @@ def choose(
             rates[name] = 0.0  # an operation that this device does not have in bf16
     best = max(rates, key=rates.__getitem__)
     if not rates[best]:
-        raise _too_large(images_per_step, device, fits(precisions[-1]) if fits else None)
+        raise _too_large(images_per_step, batch, device, fits(precisions[-1]) if fits else None)
     told = ", ".join(f"{name} {rate:.0f} img/s" for name, rate in rates.items())
     eager = Choice(best, False, rates[best], 0.0, told, rates.get("fp32", 0.0))
     if compile_mode == "off":
@@ -151,10 +153,17 @@ def choose(
     return _try_compiled(build, eager, images_per_step, compile_mode == "on", device)
 
 
-def _too_large(images: int, device: torch.device, fits: int | None) -> UsageError:
-    batch = f"--batch-size {fits}, which was tried and fits," if fits else "a smaller --batch-size"
+def _too_large(images: int, batch: int | None, device: torch.device, fits: int | None) -> UsageError:
+    """Return the error for steps that do not fit; `fits` is a share that does, as `images` is one of `batch`."""
+    if batch is None:
+        return UsageError(
+            f"The frozen part takes {images} images at a time, which need more memory than {device} has; give a "
+            "smaller --image-size, or --device cpu."
+        )
+    whole = 0 if fits is None else fits * -(-batch // images)
+    advice = f"--batch-size {whole}, which was tried and fits," if whole else "a smaller --batch-size"
     return UsageError(
-        f"A step of {images} images needs more memory than {device} has; give {batch} or a smaller --image-size, or "
+        f"A step of {batch} images needs more memory than {device} has; give {advice} or a smaller --image-size, or "
         "train fewer layers."
     )
 

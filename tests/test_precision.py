@@ -90,12 +90,23 @@ def test_where_bf16_does_not_run_fp32_does(error: Exception) -> None:
 def test_a_format_that_does_not_fit_in_memory_is_not_taken() -> None:
     full = torch.OutOfMemoryError("CUDA out of memory")
     assert Bench({("fp32", False): full, ("bf16", False): 0.32}).choose().precision == "bf16"
-    with pytest.raises(
-        UsageError, match=r"^A step of 64 images needs more memory than cpu has; give a smaller --batch"
-    ):
-        Bench({("fp32", False): full, ("bf16", False): full}).choose()
-    with pytest.raises(UsageError, match=r"has; give --batch-size 32, which was tried and fits, or a smaller --image"):
-        Bench({("fp32", False): full, ("bf16", False): full}).choose(fits={"bf16": 32}.get)
+    both = Bench({("fp32", False): full, ("bf16", False): full})
+
+    def said(**settings: Any) -> str:
+        with pytest.raises(UsageError) as error:
+            both.choose(**settings)
+        return str(error.value)
+
+    many, rest = "images needs more memory than cpu has; give", "a smaller --image-size, or train fewer layers."
+    assert said(batch=64) == f"A step of 64 {many} a smaller --batch-size or {rest}"
+    tried = "which was tried and fits, or"
+    assert said(batch=64, fits={"bf16": 32}.get) == f"A step of 64 {many} --batch-size 32, {tried} {rest}"
+    shared = said(batch=255, fits={"bf16": 16}.get)  # among four processes, each with 64 of them at most
+    assert shared == f"A step of 255 {many} --batch-size 64, {tried} {rest}"
+    assert said() == (
+        "The frozen part takes 64 images at a time, which need more memory than cpu has; give a smaller --image-size, "
+        "or --device cpu."
+    )
 
 
 def test_fp32_that_does_not_run_is_no_choice_but_an_error() -> None:
