@@ -81,10 +81,12 @@ def summarise(
     figures: Mapping[str, float | None],
     temperature: Temperature,
     seconds: Mapping[str, float],
+    processes: int,
 ) -> dict[str, Any]:
     """Return the summary of a finished run, as written to summary.json.
 
-    It is called when the frozen tensors have been proved unchanged.
+    It is called when the frozen tensors have been proved unchanged. `processes` are those that finished the run, be
+    they more or fewer than began it.
     """
     trained = set(prepared.selection.trained)
     sizes = {name: value.numel() for name, value in prepared.model.named_parameters()}
@@ -119,6 +121,7 @@ def summarise(
         "data": _data_facts(data),
         # Of what trained: a frozen part that only gave features stays on the CPU.
         "device": next(value for value in prepared.model.parameters() if value.requires_grad).device.type,
+        "processes": processes,
         "precision": "fp32" if formats == {"fp32"} else "bf16",
         "compile": bool(computing.training.compiled or (prefix and prefix.compiled)),
         "computed": computing.choices(),

@@ -287,7 +287,7 @@ def _finish(
         "eval": progress.eval_seconds,
     }
     summary = outcome.summarise(
-        job.recipe, job.data, job.prepared, job.computing, asdict(progress), figures, temperature, seconds
+        job.recipe, job.data, job.prepared, job.computing, asdict(progress), figures, temperature, seconds, ranks.size
     )
     if directory is not None:
         outcome.write_model(directory.path, job.recipe, job.data, job.prepared, temperature)

@@ -254,8 +254,10 @@ def _time(summary: dict[str, Any]) -> str:
         if expected:
             row.append(number(f"{expected[key]:,.1f} s" if key in expected else ""))
         rows.append([*row, bar(100 * seconds[key] / longest)])
+    processes = summary.get("processes", 1)  # older runs do not say
+    shared = f" in {processes:,} processes" if processes > 1 else ""
     return (
-        f"<p>{duration(seconds['total'])} on {escape(summary['device'])}, {summary['epochs']} epochs, "
+        f"<p>{duration(seconds['total'])} on {escape(summary['device'])}{shared}, {summary['epochs']} epochs, "
         f"{summary['images_seen']:,} images seen.</p>\n" + html_table("", [*heads, head("")], rows)
     )
 

@@ -96,6 +96,7 @@ _SUMMARY: dict[str, Any] = {
         "test": _whole,
     },
     "device": _text,
+    "processes?": _whole,
     "precision": _text,
     "compile": _flag,
     "features": {"where": _text, "bytes": _whole, "test_seconds?": _number},

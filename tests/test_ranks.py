@@ -165,6 +165,9 @@ def test_two_processes_go_on_where_one_was_stopped(vit: tuple[Recipe, Path], tmp
     summary, truth = (json.loads((each / "summary.json").read_text()) for each in (folder, whole))
     for name in ("test_loss", "test_accuracy", "train_accuracy"):
         assert summary[name] == pytest.approx(truth[name], abs=1e-4)
+    assert (summary["processes"], truth["processes"]) == (2, 1)
+    pages = [(each / "report.html").read_text() for each in (folder, whole)]
+    assert [" on cpu in 2 processes, 3 epochs" in page for page in pages] == [True, False]
     assert json.loads((tmp_path / "first" / "out.txt").read_text()) == {**summary, "output": str(folder)}
     assert sorted(entry.name for entry in folder.iterdir()) == sorted(entry.name for entry in whole.iterdir())
 
