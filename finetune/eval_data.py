@@ -5,7 +5,9 @@ Legend: N images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from finetune.data import read_data
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet, RawData, first_few
-from finetune.recipe import Recipe, from_table, read_toml
+from finetune.recipe import Recipe, from_table, parse_bytes, read_toml
 from finetune.rundir import RECIPE
 from finetune.splits import make_splits, pixel_digests
 from finetune.trained import Trained
@@ -51,21 +53,22 @@ def choose_images(
     recipe = trained.recipe or Recipe()
     if data is None:
         data, data_dir = _own_data(trained, data_dir)
-    size, wanted = trained.preprocessing.size, labels or recipe.labels
+    size, wanted, memory = trained.preprocessing.size, labels or recipe.labels, _image_memory(trained)
+    read = partial(read_data, image_size=size, image_memory=memory, progress=events.progress)
     try:
-        raw = read_data(data, data_dir=data_dir, labels=wanted, image_size=size, progress=events.progress)
+        raw = read(data, data_dir=data_dir, labels=wanted)
     except UsageError:
         if labels is not None or wanted == "fine":
             raise
         # Only CIFAR-100 has coarse labels; in other data the same classes are found by name.
-        raw = read_data(data, data_dir=data_dir, image_size=size, progress=events.progress)
+        raw = read(data, data_dir=data_dir)
     if split == "test":  # whatever was held out for validation was there to learn from as well
         splits = make_splits(raw, val_fraction=0.0)
         if raw.hold_out_test and not _is_of_the_run(trained, splits):
             note = f"{raw.name} has no train and test folders, so all of its {len(raw.train):,} images are test images."
-            learned, notes = _learned(trained, splits, size, events)
+            learned, notes = _learned(trained, splits, read)
             return _with_labels_of(trained, raw, raw.train, learned, (note, *notes))
-        learned, notes = _learned(trained, splits, size, events)
+        learned, notes = _learned(trained, splits, read)
         return _with_labels_of(trained, raw, _required(splits.test, raw, split), learned, notes)
     splits = make_splits(
         raw, val_fraction=recipe.val_fraction, limit=recipe.limit, shots=recipe.shots, seed=recipe.seed
@@ -85,12 +88,25 @@ def _own_data(trained: Trained, data_dir: Path | None) -> tuple[str, Path | None
     return recipe.data, data_dir or recipe.data_dir
 
 
+def _image_memory(trained: Trained) -> int | None:
+    """Return the bytes that decoded images may take, as the model's run had it; None where nobody said."""
+    path = trained.folder / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        own = {name: value for name, value in read_toml(path).items() if name == "image_memory"}
+        text = from_table(own, str(path)).image_memory
+        return None if text is None else parse_bytes(text, f"image_memory of {path}")
+    except UsageError:  # a recipe that cannot be read matters where it has to name the data, and is refused there
+        return None
+
+
 def _is_of_the_run(trained: Trained, splits: DataSplits) -> bool:
     return trained.said_of_data().get("sha256") == splits.sha256
 
 
 def _learned(
-    trained: Trained, splits: DataSplits, size: int, events: Events
+    trained: Trained, splits: DataSplits, read: Callable[..., RawData]
 ) -> tuple[ImageSet | None, tuple[str, ...]]:
     """Return what the model was trained on, to look for repeated images in, and what there is to say about it.
 
@@ -102,10 +118,7 @@ def _learned(
     try:
         own, data_dir = _own_data(trained, None)
         labels = (trained.recipe or Recipe()).labels
-        raw = read_data(
-            own, data_dir=data_dir, labels=labels, image_size=size, progress=events.progress, download=False
-        )
-        splits_of_run = make_splits(raw, val_fraction=0.0)
+        splits_of_run = make_splits(read(own, data_dir=data_dir, labels=labels, download=False), val_fraction=0.0)
         if _is_of_the_run(trained, splits_of_run):
             return splits_of_run.train, ()
         reason = "the data of its run have changed"

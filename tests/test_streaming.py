@@ -77,8 +77,10 @@ def test_a_streamed_run_gives_the_model_of_one_in_memory(root: Path, tmp_path: P
     assert shards["data"] == whole["data"]
     assert shards["test_accuracy"] == whole["test_accuracy"], "the test images are the same, in another order"
     assert 0 < decoders[0].most <= decoders[0].limit == LEAST < 600
+    before = len(decoders)
     again = evaluate(load_trained(tmp_path / "shards"), events=Events())
     assert again.as_dict()["loss"] == shards["test_loss"]
+    assert len(decoders) > before, "evaluation keeps to the run's --image-memory"
 
     folder = run(recipe(root, "images", image_memory=TENTH), tmp_path / "folder")
     assert {entry.key for entry in list_entries(root / "cache")} == kept, "the keys are those of images in memory"
