@@ -272,7 +272,8 @@ def on_the_design() -> list[str]:
     assert photo is not None
     return [
         f"{size(1e12 * int(photo[1]))} of photos against {size(VIEWS * 1e9 * ROW['layer4,fc'])} of features",
-        f"{28 * 1e9 / 1e9:.0f} GB at 1 billion images",
+        f"takes each machine {span(1e9 / decoding())}.",
+        f"{span(1e9 / decoding())} and {28 * 1e9 / 1e9:.0f} GB at 1 billion images",
         f"{size(4 * trained)} of gradients",
         # A ring sends nearly twice the gradients' bytes in each step of 128 images.
         f"{8 * trained * t / 128 / 1e6:.0f} MB/s for `layer4,fc`",
@@ -313,6 +314,8 @@ def test_what_scale_md_takes_from_the_code_is_there() -> None:
         ("finetune/skipping.py", "weights = torch.ones(self.images)"),
         ("finetune/inference.py", "functional.cross_entropy(logits.double(), labels)"),
         ("finetune/splits.py", "Digests = list[bytes]"),
+        ("finetune/sharing.py", "rows = ranks.part(len(data))"),
+        ("finetune/sharing.py", "whole = logits.new_zeros(len(rows), logits.shape[1])"),
     ):
         assert line in read(path), f"{path} has changed: see whether docs/scale.md still holds"
 
