@@ -181,7 +181,11 @@ def evaluate(
 def logits_of(
     trained: Trained, images: ImageSet, device: torch.device, dtype: torch.dtype, batch: int, events: Events
 ) -> torch.Tensor:
-    """Return logits float32 (N, C) the way a run computes those of its test split."""
+    """Return logits float32 (N, C) the way a run computes those of its test split.
+
+    Raises:
+        UsageError: the device's memory is too small.
+    """
     model, prefix, module = trained.model, None, trained.model
     if trained.trained_layers is not None:
         sample = images.images[: prefix_batch(device)]
@@ -197,7 +201,13 @@ def logits_of(
         len(images),
         events.progress,
     )
-    return predict(settle(module, device), source, torch.arange(len(images)), device, dtype, batch=batch)
+    try:
+        return predict(settle(module, device), source, torch.arange(len(images)), device, dtype, batch=batch)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"Batches of {batch} images need more memory than {device} has; give a smaller --batch-size, or --device "
+            "cpu."
+        ) from error
 
 
 def _asked(dtype: torch.dtype) -> Callable[[Any], Choice]:

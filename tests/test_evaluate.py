@@ -16,6 +16,7 @@ from make_run import metrics, tensors, tiny_recipe, write_weights
 from typer.testing import CliRunner
 
 from cli.main import app
+from finetune import evaluate as evaluating
 from finetune.data import load_data
 from finetune.evaluate import Evaluation, evaluate
 from finetune.events import Events
@@ -208,6 +209,18 @@ def test_other_classes_are_named(place: Place, tmp_path: Path) -> None:
     assert str(error.value) == (
         f"pets has classes that {place.folder} was not trained on: cat; it knows class_00, class_01, class_02, "
         "class_03, class_04, class_05. Give data of the same classes."
+    )
+
+
+def test_memory_that_runs_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluating, "predict", full)
+    with pytest.raises(UsageError) as error:
+        of(place, batch_size=12)
+    assert str(error.value) == (
+        "Batches of 12 images need more memory than cpu has; give a smaller --batch-size, or --device cpu."
     )
 
 
