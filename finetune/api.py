@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_type_hints
 
 from finetune.events import Events, printed
+from finetune.launch import is_first
 from finetune.recipe import AUTO, Recipe, check, from_table, read_toml, typed_settings
 from finetune.scratch import BY_RECIPE, choose_baseline
 from weights.errors import UsageError, near_matches
@@ -93,7 +94,7 @@ class Result:
         train_accuracy: in percent, in eval mode, of up to 10,000 training images.
         epochs: how many were trained.
         seconds: of the whole run.
-        metrics: the rows of metrics.jsonl, one per epoch.
+        metrics: the rows of metrics.jsonl, one per epoch; none in a process that does not see the run directory.
         summary: everything in summary.json, and the run directory under "output".
     """
 
@@ -202,6 +203,8 @@ def _watch(begin: Callable[[Events], dict[str, Any]], progress: bool) -> Result:
     with torch.random.fork_rng(devices=[]):  # a run seeds PyTorch's generator, which belongs to the caller
         summary = begin(printed() if progress else Events())
     folder = Path(summary["output"])
+    rows = folder / "metrics.jsonl"
+    lines = rows.read_text(encoding="utf-8").splitlines() if is_first() or rows.exists() else []
     return Result(
         folder=folder,
         checkpoint=folder / "model.safetensors",
@@ -212,7 +215,7 @@ def _watch(begin: Callable[[Events], dict[str, Any]], progress: bool) -> Result:
         train_accuracy=summary["train_accuracy"],
         epochs=summary["epochs"],
         seconds=summary["seconds"]["total"],
-        metrics=[json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()],
+        metrics=[json.loads(line) for line in lines],
         summary=summary,
     )
 

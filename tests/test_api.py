@@ -23,6 +23,7 @@ from make_run import model_bytes, write_weights
 import finetune
 import finetune.allocator
 import weights.errors
+from finetune import pipeline
 from finetune.api import BaselineSettings, RunSettings
 from finetune.fit import Trainer
 from finetune.recipe import Recipe
@@ -174,6 +175,17 @@ def expected_type(name: str, hint: Any) -> Any:
     if hint == Path | None:
         return str | Path | None
     return str | Path if name in ("data", "weights") else hint
+
+
+def test_a_process_that_does_not_see_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several, on another machine than the first one."""
+    figures = dict.fromkeys(("test_accuracy", "test_loss", "val_accuracy", "train_accuracy", "epochs"), 1)
+    summary = {**figures, "seconds": {"total": 1.0}, "output": str(tmp_path / "there")}
+    monkeypatch.setattr(pipeline, "resume", lambda folder, events: summary)
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = finetune.resume(tmp_path / "there")
+    assert (result.folder, result.metrics, result.test_accuracy) == (tmp_path / "there", [], 1)
 
 
 def test_the_keywords_are_the_recipes() -> None:
