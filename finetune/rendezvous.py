@@ -69,7 +69,8 @@ def _part_after(ranks: Ranks, error: BaseException) -> None:
         with suppress(RuntimeError):
             everyone.abort()  # nccl's part: leaving it would wait for what the others no longer do
     del everyone
-    _part(ranks)
+    with suppress(RuntimeError):  # what is to be raised is the error
+        _part(ranks)
     seen: list[BaseException] = []
     left: list[BaseException | None] = [error]
     while left:
