@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.folder import IMAGE_SUFFIXES
+from finetune.folder import IMAGE_SUFFIXES, require_inside
 from finetune.images import Progress, RawData, first_few
 from finetune.shards import ShardSet, name_of
 from finetune.stream import load_splits
@@ -190,11 +190,12 @@ def _read_classes(found: ShardSet) -> tuple[str, ...]:
     """Return the names in classes.txt beside the shards; none where there is no such file.
 
     Raises:
-        DataError: it is empty, or names a class twice.
+        DataError: it is empty, names a class twice, or is a link that leads elsewhere.
     """
     path = (found.root.parent if found.root.is_file() else found.root) / CLASSES
     if not path.is_file():
         return ()
+    require_inside(path, path.parent)
     try:
         text = unicodedata.normalize("NFC", read_text(path, LARGEST_CLASSES))
     except UnicodeDecodeError as error:

@@ -230,7 +230,7 @@ def test_links_that_lead_out_of_a_data_folder(tmp_path: Path, monkeypatch: pytes
         damage(photos / name, target)
         for read in (partial(load_data, str(photos)), partial(find_images, [photos])):
             assert said(read) == (
-                f"{photos / name} is a link that leads out of {photos}; expected a folder that holds its own images, "
+                f"{photos / name} is a link that leads out of {photos}; expected a folder that holds its own files, "
                 "so copy what it leads to, or set FINETUNE_FOLLOW_LINKS=1 if the links are your own."
             )
     inside = write_photos(tmp_path / "inside")
