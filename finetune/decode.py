@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from finetune.images import Progress
 from finetune.tar import Member
 from weights.errors import DataError
-from weights.guard import require_regular
+from weights.guard import require_regular, require_size
 
 ImageFile = Path | Member
 """A file, or one within a shard."""
@@ -46,6 +46,10 @@ of 1 x 50,000 pixels would otherwise be blown up whole for the sake of its centr
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 """What is read, in Pillow's words, whatever a file's suffix. Pillow knows more, and some do more than decode: EPS is a
 program that is handed to Ghostscript, others go to programs of the system or to files beside them."""
+
+LARGEST_IMAGE = 1 << 29
+"""Bytes of an image file: twice what an image of Pillow's limit takes in 8-bit RGB, uncompressed. Some of Pillow's
+readers take a file into memory whole, and images in shards are read so before Pillow sees them."""
 
 LARGE = 64_000_000
 """Pixels of 8-bit RGB or grey; of other kinds, which are converted by way of wider numbers, a quarter. Images with more
@@ -140,12 +144,14 @@ def open_image(file: ImageFile | str | os.PathLike[str]) -> Image.Image:
     """Open an image file of one of `FORMATS`, or one within a shard; nothing is decoded yet.
 
     Raises:
-        OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read.
+        OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read;
+            ValueError for one of more than `LARGEST_IMAGE` bytes.
         Image.DecompressionBombError: more than twice the pixels of Pillow's limit.
     """
     if isinstance(file, Member):
-        return Image.open(io.BytesIO(file.read()), formats=formats())
+        return Image.open(io.BytesIO(file.read(LARGEST_IMAGE)), formats=formats())
     require_regular(Path(file))
+    require_size(Path(file).stat().st_size, LARGEST_IMAGE)
     return Image.open(file, formats=formats())
 
 

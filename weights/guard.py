@@ -51,6 +51,20 @@ def refuse_link(path: Path) -> None:
         raise OSError(errno.ELOOP, "a link that leads elsewhere", str(path))
 
 
+def require_size(size: int, largest: int) -> None:
+    """Refuse what has too many bytes to be read whole.
+
+    Args:
+        size: bytes that it has.
+        largest: bytes that it may have.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if size > largest:
+        raise ValueError(f"it has {size:,} bytes, and such a file may have {largest:,}")
+
+
 def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """Return a regular file's bytes.
 
