@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from make_data import write_cifar100_binary, write_cifar100_python
+from make_data import write_cifar100_binary, write_cifar100_python, write_tar
 from make_hostile import (
     CLASSES,
     NESTED,
@@ -205,7 +205,13 @@ def test_an_image_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch: pyte
         opened.load()
     assert runs == ["gs"]
     damage(photos / "cat" / "0.png", eps)
-    assert "0.png (no image that Pillow knows); replace" in said(lambda: load_data(str(photos)))
+    write_tar(tmp_path / "a.tar", {"0.png": eps, "0.cls": b"cat", "1.png": eps[:3], "1.cls": b"dog"})
+    for path, place in ((photos, photos / "cat" / "0.png"), (tmp_path / "a.tar", f"{tmp_path}/a.tar: 0.png")):
+        assert f"{place} (EPS, which is not admitted: JPEG, PNG, " in said(partial(load_data, str(path)))
+    message = said(partial(load_data, str(tmp_path / "a.tar")))
+    assert message.endswith(
+        f"TGA and ICO are), {tmp_path}/a.tar: 1.png (no image that Pillow knows); replace or remove them."
+    )
     assert runs == ["gs"]
 
 
