@@ -44,7 +44,7 @@ from finetune.rundir import RunDirectory
 from finetune.trained import load_trained
 from weights.arch import resolve_arch
 from weights.errors import DataError, FinetuneError, RunError, UsageError, WeightsError
-from weights.guard import LARGEST_TEXT
+from weights.guard import LARGEST_TEXT, read_bytes
 from weights.load import read_tensors
 from weights.locate import locate
 from weights.record import record_path, recorded
@@ -97,6 +97,11 @@ def test_devices_are_refused(tmp_path: Path) -> None:
     assert "(a device, not a file)" in said(lambda: read_tensors(device))
     with pytest.raises(OSError, match="a device, not a file"):
         decode.open_image(damage(photos / "cat" / "0.png", Path("/dev/null")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")
+def test_files_of_the_system_that_say_to_have_nothing() -> None:
+    assert Path("/proc/self/maps").read_bytes() != b"" == read_bytes(Path("/proc/self/maps"))
 
 
 # Too large, too deep

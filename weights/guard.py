@@ -66,7 +66,7 @@ def require_size(size: int, largest: int) -> None:
 
 
 def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """Return a regular file's bytes.
+    """Return a regular file's bytes: those that it says to have, for some files of the system say none and never end.
 
     Args:
         path: the file.
@@ -78,9 +78,10 @@ def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """
     require_regular(path)
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > largest:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
             raise ValueError(f"it is larger than the {largest:,} bytes that such a file may have")
-        return file.read()
+        return file.read(size)
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
