@@ -186,6 +186,8 @@ def test_archives_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         with pytest.raises(DataError, match=rf"a\.tar\.gz cannot be read as a \.tar\.gz \(({reason}).*\); fetch it"):
             cifar.cifar_archive(tar_of(path, members, end))  # type: ignore[arg-type]
+    long = said(lambda: cifar.cifar_archive(tar_of(path, [(member("../" + "a" * 1000, 0), b"")])))
+    assert f"a.tar.gz holds '../{'a' * 196}…, a path that leads out of it" in long
 
 
 def test_cifar_files_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
