@@ -229,8 +229,8 @@ def _refuse_outside(archive: Path, member: tarfile.TarInfo) -> None:
         paths.append(member.linkname)
     if any(posixpath.normpath(path).split("/")[0] in ("", "..") for path in paths):
         raise DataError(
-            f"{archive} holds {told(member.name)}, a path that leads out of it; expected only the data set's own files, "
-            "so do not unpack it, and fetch the published archive."
+            f"{archive} holds {told(member.name)}, a path that leads out of it; expected only the data set's own "
+            "files, so do not unpack it, and fetch the published archive."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -351,6 +352,9 @@ def test_tables_and_pickles_that_are_too_large(tmp_path: Path, monkeypatch: pyte
     assert honest.count(b"KMNt") == 1  # the storage's values, in the pickle
     path.write_bytes(honest.replace(b"KMNt", b"\x8a\x05\0\0\0\0\1Nt"))
     with pytest.raises(WeightsError, match=r"w\.pth was not loaded: its tensors claim more than 16,777,216 bytes"):
+        read_tensors(path)
+    path.write_bytes(tarfile.TarInfo("\x80\x02K\x01.").tobuf(tarfile.GNU_FORMAT, encoding="latin1"))
+    with pytest.raises(WeightsError, match=r"w\.pth was not loaded: it is a tar file as well"):
         read_tensors(path)
 
 

@@ -17,9 +17,11 @@ import copy
 import io
 import pickle
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -165,7 +167,15 @@ def _require_honest(file: BinaryIO, most: int, checked: bool) -> None:
 
 
 def _require_light(file: BinaryIO, most: int) -> None:
-    """Look at a bare pickle, or at the five of which a file was made before torch 1.6: the first is a number."""
+    """Look at a bare pickle, or at the five of which a file was made before torch 1.6: the first is a number.
+
+    Still older ones were tar files, which torch.load refuses only when it has read a member's headers, however long.
+    """
+    file.seek(0)
+    with suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        raise UnfitError("it is a tar file as well")
+    file.seek(0)
     number, _ = _dry_run(file)
     for _ in range(4 if isinstance(number, int) else 0):
         _, run = _dry_run(file)
