@@ -160,7 +160,7 @@ def _wrong(archive: tarfile.TarFile, info: tarfile.TarInfo, before: int, total: 
         return f"{shortened(info.name)} claims {info.size:,} bytes, which do not follow"
     if archive.offset <= before:
         return f"after {shortened(info.name)} a header leads backwards"
-    if len(archive.pax_headers) > MOST_RECORDS:
+    if len(archive.pax_headers or ()) > MOST_RECORDS:
         return f"more than {MOST_RECORDS} records of one header hold for all members"
     return ""
 
