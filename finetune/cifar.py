@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from finetune.images import ImageSet, RawData, first_few
 from finetune.unpickle import as_text, describe, load_pickle
 from weights.errors import DataError, UsageError
-from weights.guard import read_bytes, require_regular, shortened
+from weights.guard import read_bytes, require_regular, shortened, told
 
 Kind = Literal["cifar10", "cifar100"]
 Pixels = NDArray[np.uint8]
@@ -229,8 +229,8 @@ def _refuse_outside(archive: Path, member: tarfile.TarInfo) -> None:
         paths.append(member.linkname)
     if any(posixpath.normpath(path).split("/")[0] in ("", "..") for path in paths):
         raise DataError(
-            f"{archive} holds {member.name!r}, a path that leads out of it; expected only the data set's own files, so "
-            "do not unpack it, and fetch the published archive."
+            f"{archive} holds {told(member.name)}, a path that leads out of it; expected only the data set's own "
+            "files, so do not unpack it, and fetch the published archive."
         )
 
 

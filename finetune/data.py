@@ -22,7 +22,7 @@ from finetune.cifar import (
     read_cifar,
 )
 from finetune.downloads import data_cache, download_cifar, not_found
-from finetune.folder import has_classes, has_splits, read_folder, refuse_links_out, subfolders
+from finetune.folder import has_classes, has_splits, read_folder, refuse_links_out, require_inside, subfolders
 from finetune.images import DataSplits, Progress, RawData, first_few
 from finetune.samples import read_shards
 from finetune.shapes import SHAPES, draw_shapes
@@ -196,17 +196,18 @@ def _at_path(path: Path) -> CifarFiles | ShardSet | Path:
         )
     here = cifar_folder(path)
     if here is not None:
-        return here
+        return _without_links_out(here, path)
     within = _data_sets_in(path)
     if within and not has_splits(path):
         chosen = _only(within, path, "give --data the path of one")
+        require_inside(chosen, path)
         if chosen.is_dir() and has_splits(chosen):
-            refuse_links_out(path)
+            refuse_links_out(path, classes_of=chosen)
             return chosen
         found = _open_cifar(chosen)
         if found is not None:
-            return found
-    refuse_links_out(path)
+            return _without_links_out(found, path)
+    refuse_links_out(path, classes_of=path)
     if has_splits(path) or has_classes(path):
         return path
     if (shards := find_shards(path) or _shards_below(path)) is not None:
@@ -258,6 +259,17 @@ def _open_cifar(path: Path) -> CifarFiles | None:
     return cifar_archive(path) if path.is_file() else cifar_folder(path)
 
 
+def _without_links_out(files: CifarFiles, root: Path) -> CifarFiles:
+    """Return CIFAR files as they are, unless one is a link that leads out of a folder.
+
+    Raises:
+        DataError: one is.
+    """
+    for name in sorted(files.names) if files.place.is_dir() else ():
+        require_inside(files.place / name, root)
+    return files
+
+
 def _is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ARCHIVE_SUFFIXES) and path.is_file()
 
@@ -283,12 +295,13 @@ def _find_cifar(kind: Kind, data_dir: Path | None, download: bool) -> CifarFiles
             continue
         here = cifar_folder(place)
         if here is not None and here.kind == kind:
-            return here
+            return _without_links_out(here, place)
         within = _data_sets_in(place, kind)
         if within:
-            found = _open_cifar(_only(within, place, "give --data the path of one"))
+            chosen = _only(within, place, "give --data the path of one")  # in a folder of data sets, it may be a link
+            found = _open_cifar(chosen)
             if found is not None and found.kind == kind:
-                return found
+                return _without_links_out(found, chosen)
     if not download:
         raise not_found(kind, searched, "downloading is switched off")
     return cifar_archive(download_cifar(kind, searched))

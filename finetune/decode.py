@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from finetune.images import Progress
 from finetune.tar import Member
 from weights.errors import DataError
-from weights.guard import require_regular
+from weights.guard import require_regular, require_size
 
 ImageFile = Path | Member
 """A file, or one within a shard."""
@@ -46,6 +46,12 @@ of 1 x 50,000 pixels would otherwise be blown up whole for the sake of its centr
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 """What is read, in Pillow's words, whatever a file's suffix. Pillow knows more, and some do more than decode: EPS is a
 program that is handed to Ghostscript, others go to programs of the system or to files beside them."""
+
+START = 16  # bytes by which Pillow tells formats apart
+
+LARGEST_IMAGE = 1 << 29
+"""Bytes of an image file: twice what an image of Pillow's limit takes in 8-bit RGB, uncompressed. Some of Pillow's
+readers take a file into memory whole, and images in shards are read so before Pillow sees them."""
 
 LARGE = 64_000_000
 """Pixels of 8-bit RGB or grey; of other kinds, which are converted by way of wider numbers, a quarter. Images with more
@@ -140,12 +146,14 @@ def open_image(file: ImageFile | str | os.PathLike[str]) -> Image.Image:
     """Open an image file of one of `FORMATS`, or one within a shard; nothing is decoded yet.
 
     Raises:
-        OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read.
+        OSError, SyntaxError, ValueError, RuntimeError: what Pillow's readers raise for files that they cannot read;
+            ValueError for one of more than `LARGEST_IMAGE` bytes.
         Image.DecompressionBombError: more than twice the pixels of Pillow's limit.
     """
     if isinstance(file, Member):
-        return Image.open(io.BytesIO(file.read()), formats=formats())
+        return Image.open(io.BytesIO(file.read(LARGEST_IMAGE)), formats=formats())
     require_regular(Path(file))
+    require_size(Path(file).stat().st_size, LARGEST_IMAGE)
     return Image.open(file, formats=formats())
 
 
@@ -270,6 +278,24 @@ def set_warnings() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
+def _format_not_admitted(file: ImageFile) -> str | None:
+    """Return what Pillow would take a file for that is of none of `FORMATS`: by its first bytes, it is not opened."""
+    try:
+        if isinstance(file, Path):
+            require_regular(file)
+            with file.open("rb") as opened:
+                start = opened.read(START)
+        else:
+            start = file.start(START)
+    except OSError:  # since it was tried
+        return None
+    for name, (_, accept) in Image.OPEN.items():
+        with suppress(Exception):  # of fewer bytes than they look at, Pillow's functions raise one thing or another
+            if name not in FORMATS and accept is not None and accept(start) is True:
+                return name
+    return None
+
+
 def reason_of(file: ImageFile, error: BaseException) -> str:
     """Return in a few words why a file could not be decoded."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -277,7 +303,9 @@ def reason_of(file: ImageFile, error: BaseException) -> str:
     if (file.is_file() and file.stat().st_size == 0) if isinstance(file, Path) else not file.size:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
-        return "no image that Pillow knows"
+        known = _format_not_admitted(file)
+        admitted = f"{', '.join(formats()[:-1])} and {formats()[-1]}"
+        return f"{known}, which is not admitted: {admitted} are" if known else "no image that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # the whole text would name the file a second time
     return str(error) or type(error).__name__

@@ -20,6 +20,10 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 SHOWN = ("torch", "torchvision", "timm", "safetensors", "typer")  # libraries with a line of their own
 IMPORTED = {"torchvision": "torchvision", "timm": "timm", "safetensors": "safetensors.torch"}  # what the probe tried
 
+SAFE_TORCH = "2.10"
+"""The first in which `torch.load(weights_only=True)` compares sizes before it believes them. A .pth file that was made
+for an older one may corrupt memory (CVE-2026-24747); `weights/torch_file.py` looks for what is known of it."""
+
 LITTLE_MEMORY = 2 * 10**9
 """Bytes below which only small networks and batches train; a run measures what it needs before it begins (`memory`)."""
 
@@ -116,6 +120,9 @@ def _library(facts: Facts, package: Package) -> Check:
     if not package.supported:
         step = f'Install a supported one: pip install "{name}{package.required}".'
         return Check(name, WARNING, f"{version}, and {package.required} is supported", step)
+    if name == "torch" and in_range(version, f"<{SAFE_TORCH}"):
+        found = f"{version}, which a .pth file can be made to harm (CVE-2026-24747)"
+        return Check(name, WARNING, found, f'Update it: pip install --upgrade "torch>={SAFE_TORCH}".')
     return Check(name, OK, _with_range(version, package.required))
 
 

@@ -67,8 +67,29 @@ class _Listing:
     strays: list[Path] = field(default_factory=list)
 
 
-def refuse_links_out(root: Path) -> None:
-    """Refuse a folder with links that lead out of it: whoever packed it would choose which files are read.
+def require_inside(path: Path, root: Path) -> None:
+    """Refuse what a link leads out of a data folder: whoever packed it would choose which files are read.
+
+    Args:
+        path: what is to be read, below the folder.
+        root: the folder, which may be a link itself.
+
+    Raises:
+        DataError: it lies elsewhere, and nobody has said that links are to be followed.
+    """
+    if not os.environ.get(FOLLOW) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise DataError(
+            f"{path} is a link that leads out of {root}; expected a folder that holds its own files, so copy what it "
+            f"leads to, or set {FOLLOW}=1 if the links are your own."
+        )
+
+
+def refuse_links_out(root: Path, *, classes_of: Path | None = None) -> None:
+    """Refuse links by which reading images would leave a folder. Others are not opened, and may lead anywhere.
+
+    Args:
+        root: the folder.
+        classes_of: the image folder in it, of which only class folders are read; None when all of `root` is.
 
     Raises:
         DataError: there is one, and nobody has said that links are to be followed.
@@ -76,20 +97,31 @@ def refuse_links_out(root: Path) -> None:
     """
     if os.environ.get(FOLLOW):
         return
-    inside = os.path.realpath(root)
-    folders = [inside]
+    folders = [root]
+    if classes_of is not None:
+        places = [place for split in SPLIT_NAMES for place in _places_of(classes_of, split)]
+        places = places if has_splits(classes_of) else [classes_of]
+        for place in places:
+            require_inside(place, root)
+        folders = [folder for place in places for folder in subfolders(place)]
+        for folder in folders:
+            require_inside(folder, root)
+    seen: set[str] = set()
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        folder = folders.pop()
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(inside):
-                    raise DataError(
-                        f"{entry.path} is a link that leads out of {root}; expected a folder that holds its own "
-                        f"images, so copy what it leads to, or set {FOLLOW}=1 if the links are your own."
-                    )
+                is_link = entry.is_symlink()
+                is_folder = os.path.isdir(entry) if is_link else entry.is_dir()  # noqa: PTH112  a loop of links is none
+                if is_link and (is_folder or is_image(Path(entry.name))):
+                    require_inside(Path(entry.path), root)
+                if is_folder:
+                    folders.append(Path(entry.path))
 
 
 def has_splits(root: Path) -> bool:

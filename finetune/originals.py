@@ -31,7 +31,7 @@ from finetune.images import Progress, RawData
 from finetune.samples import list_samples
 from finetune.shards import ShardSet, name_of
 from finetune.survey import Survey, survey_folder
-from finetune.tar import printable
+from weights.guard import shortened
 
 THUMBNAIL = 32  # S: the side at which phash looks at a picture
 PLAIN = 16
@@ -158,7 +158,7 @@ def _from_shards(found: ShardSet, progress: Progress | None) -> Originals:
     parts = list(listed.splits.values())
     files = [file for images, _ in parts for file in images]
     root = found.root.parent if found.root.is_file() else found.root
-    places = [f"{file.tar.relative_to(root)}: {printable(file.name)}" for file in files]
+    places = [f"{file.tar.relative_to(root)}: {shortened(file.name)}" for file in files]
     split = np.repeat(np.arange(len(parts)), [len(images) for images, _ in parts]).astype(np.int64)
     labels = np.array([label for _, numbers in parts for label in numbers], np.int64)
     splits = tuple(listed.splits)

@@ -4,6 +4,8 @@ A sample is what has one name up to its first dot: an image (`0001.jpg`) and a l
 or "label" in `0001.json`: a whole number or the name of a class. classes.txt beside the shards, which may be absent,
 names the classes, one in each line. Whole numbers are places in it, or the classes themselves where there is none.
 Everything else in a shard is passed over.
+
+Labels are read one by one when the shard's headers have been, so that no more of them than their text is kept.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.folder import IMAGE_SUFFIXES
+from finetune.folder import IMAGE_SUFFIXES, require_inside
 from finetune.images import Progress, RawData, first_few
 from finetune.shards import ShardSet, name_of
 from finetune.stream import load_splits
-from finetune.tar import Member, index_tar, printable
+from finetune.tar import Member, index_tar
 from weights.errors import DataError, near_matches
-from weights.guard import read_text
+from weights.guard import read_text, shortened, told
 
 LABELS = ("cls", "json")
 """Suffixes of labels; the first that a sample has and that holds one counts."""
@@ -29,6 +32,12 @@ LABELS = ("cls", "json")
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 CLASSES = "classes.txt"
 LARGEST_CLASSES = 2**20  # bytes; a name of 50 for each of 20,000 classes
+
+LARGEST_TEXT = 2**20
+"""Bytes of a file with a label: labels are a few, and a .json may hold more about its image."""
+
+LONGEST_NAME = 255
+"""Characters of a class's name: those that a folder's may have, which names the class elsewhere."""
 
 
 @dataclass
@@ -100,14 +109,14 @@ def list_samples(found: ShardSet, progress: Progress | None = None) -> Listed:
     names = _read_classes(found)
     classes = names or _classes_of(samples["train"])
     if len(classes) < 2:
-        raise DataError(f"{found.root} holds images of one class ({classes[0]}); expected two or more.")
+        raise DataError(f"{found.root} holds images of one class ({shortened(classes[0])}); expected two or more.")
     numbers = {name: number for number, name in enumerate(classes)}
     splits = {}
     for split, part in samples.items():
         labels = [_number(*pair, numbers, listed=bool(names)) for pair in zip(part.labels, part.images, strict=True)]
         splits[split] = (part.images, labels)
-    absent = sorted(set(range(len(classes))) - set(splits["train"][1]))
-    notes = [f"{CLASSES} names {first_few([classes[label] for label in absent])}, of which train holds no image."]
+    absent = [shortened(classes[label]) for label in sorted(set(range(len(classes))) - set(splits["train"][1]))]
+    notes = [f"{CLASSES} names {first_few(absent)}, of which train holds no image."]
     return Listed(classes, splits, tuple(notes if absent else ()))
 
 
@@ -117,34 +126,31 @@ def _list_shard(shard: Path, samples: Samples) -> None:
     Raises:
         DataError: as for `list_samples`.
     """
-    parts: dict[str, dict[str, tuple[Member, bytes | None]]] = {}
-    for member, content in index_tar(shard, lambda name: _kind_of(name) in LABELS):
+    parts: dict[str, dict[str, Member]] = {}
+    for member in index_tar(shard, lambda name: bool(_kind_of(name))):
         kind = _kind_of(member.name)
-        if kind is None:
-            continue
-        key = _split_name(member.name)[0]
-        sample = parts.setdefault(key, {})
+        sample = parts.setdefault(_split_name(member.name)[0], {})
         if kind in sample:
-            first = printable(sample[kind][0].name)
+            first = shortened(sample[kind].name)
             raise DataError(
-                f"{shard} holds two files of one sample: {first} and {printable(member.name)}; expected one image and "
+                f"{shard} holds two files of one sample: {first} and {shortened(member.name)}; expected one image and "
                 "one label of a name, which ends at its first dot."
             )
-        sample[kind] = (member, content)
+        sample[kind] = member
     for key, sample in parts.items():
-        label = next((text for kind in LABELS if kind in sample and (text := _label(*sample[kind])) is not None), None)
+        label = next((text for kind in LABELS if kind in sample and (text := _label(sample[kind])) is not None), None)
         if "image" not in sample and label is not None:
             raise DataError(
-                f"{shard} holds a label of {printable(key)} ({printable(next(iter(sample.values()))[0].name)}) and no "
+                f"{shard} holds a label of {shortened(key)} ({shortened(next(iter(sample.values())).name)}) and no "
                 "image; expected both, of one name up to the first dot."
             )
         if "image" in sample and label is None:
             raise DataError(
-                f"{sample['image'][0]} has no label; expected {printable(key)}.cls, or {printable(key)}.json with a "
+                f"{sample['image']} has no label; expected {shortened(key)}.cls, or {shortened(key)}.json with a "
                 '"label", in the same shard.'
             )
         if label is not None:
-            samples.images.append(sample["image"][0])
+            samples.images.append(sample["image"])
             samples.labels.append(label)
 
 
@@ -155,23 +161,27 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def _kind_of(name: str) -> str | None:
-    """Return what a member is to its sample: image, cls or json; None where it is none of these, or hidden."""
+def _kind_of(name: str) -> str:
+    """Return what a member is to its sample: image, cls or json; "" where it is none of these, or hidden."""
     key, suffix = _split_name(name)
     if not key or key.endswith("/"):
-        return None
-    return "image" if f".{suffix}" in IMAGE_SUFFIXES else suffix if suffix in LABELS else None
+        return ""
+    return "image" if f".{suffix}" in IMAGE_SUFFIXES else suffix if suffix in LABELS else ""
 
 
-def _label(member: Member, content: bytes | None) -> str | None:
+def _label(member: Member) -> str | None:
     """Return a label as text; None where a .json file holds none.
 
     Raises:
-        DataError: it is neither a whole number nor one line of text.
+        DataError: it is neither a whole number nor one line of text, or too large.
+        OSError: the shard cannot be read any more.
     """
+    if member.size > LARGEST_TEXT:
+        raise DataError(f"{member} has {member.size:,} bytes; a label of at most {LARGEST_TEXT:,} was expected.")
+    content = member.read(LARGEST_TEXT)
     value: object = None
     try:
-        value = (content or b"").decode("utf-8").strip()
+        value = content.decode("utf-8").strip()
         if _split_name(member.name)[1] == "json":
             table = json.loads(value)
             value = table.get("label") if isinstance(table, dict) else None
@@ -183,6 +193,11 @@ def _label(member: Member, content: bytes | None) -> str | None:
     text = unicodedata.normalize("NFC", text.strip())
     if not text or not text.isprintable():
         raise DataError(f"{member} holds no label; expected a whole number, or the name of a class.")
+    if len(text) > LONGEST_NAME:
+        raise DataError(
+            f"{member} holds a label of {len(text):,} characters; expected a whole number, or the name of a class, "
+            f"which may have {LONGEST_NAME}."
+        )
     return str(int(text)) if WHOLE.fullmatch(text) else text
 
 
@@ -190,11 +205,12 @@ def _read_classes(found: ShardSet) -> tuple[str, ...]:
     """Return the names in classes.txt beside the shards; none where there is no such file.
 
     Raises:
-        DataError: it is empty, or names a class twice.
+        DataError: it is empty, names a class twice, or is a link that leads elsewhere.
     """
     path = (found.root.parent if found.root.is_file() else found.root) / CLASSES
     if not path.is_file():
         return ()
+    require_inside(path, path.parent)
     try:
         text = unicodedata.normalize("NFC", read_text(path, LARGEST_CLASSES))
     except UnicodeDecodeError as error:
@@ -202,9 +218,12 @@ def _read_classes(found: ShardSet) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); expected the name of a class in each line.") from error
     names = [line.strip() for line in text.rstrip().splitlines()]
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    if twice is not None or not all(name.isprintable() and name for name in names) or not names:
-        reason = f"names {twice!r} twice" if twice else "has a line without a name"
+    reason = "" if names and all(name.isprintable() and name for name in names) else "has a line without a name"
+    if twice := next((name for name, times in Counter(names).items() if times > 1 and name), None):
+        reason = f"names {told(twice)} twice"
+    if (longest := max(map(len, names), default=0)) > LONGEST_NAME:
+        reason = f"has a line of {longest:,} characters, and a name may have {LONGEST_NAME}"
+    if reason:
         raise DataError(f"{path} {reason}; expected the name of a class in each line, in the order of the labels.")
     return tuple(names)
 
@@ -229,9 +248,9 @@ def _number(label: str, image: Member, numbers: Mapping[str, int], *, listed: bo
         there = f"{CLASSES} names {len(numbers)} classes, 0 to {len(numbers) - 1}"
         raise DataError(f"{image} has the label {label}; {there if listed else 'expected 0 or more'}.")
     if label not in numbers:
-        where = CLASSES if listed else "the training images"
+        where, known = CLASSES if listed else "the training images", [shortened(name) for name in numbers]
         raise DataError(
-            f"{image} has the label {label!r}, which is no class of {where}; expected one of "
-            f"{first_few(list(numbers))}{near_matches(label, numbers) or '.'}"
+            f"{image} has the label {told(label)}, which is no class of {where}; expected one of "
+            f"{first_few(known)}{near_matches(shortened(label), known) or '.'}"
         )
     return numbers[label]

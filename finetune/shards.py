@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from finetune.folder import SPLIT_NAMES, subfolders
+from finetune.folder import SPLIT_NAMES, require_inside, subfolders
 from finetune.images import first_few
 from finetune.tar import compressed
 from weights.errors import DataError
@@ -45,7 +45,8 @@ def find_shards(path: Path) -> ShardSet | None:
     """Return the shards at a path: a .tar file, or a folder that holds some; None where there are none.
 
     Raises:
-        DataError: shards that cannot be told apart into splits, are compressed, or lack one of their numbers.
+        DataError: shards that cannot be told apart into splits, are compressed, lack one of their numbers, or are links
+            that lead out of the folder.
     """
     if path.is_file():
         return ShardSet(path, {"train": (path,)}, pile=True) if path.suffix.lower() == ".tar" else None
@@ -72,6 +73,8 @@ def find_shards(path: Path) -> ShardSet | None:
         raise DataError(f"{path} holds shards of {' and '.join(splits)} but none of train to learn from.")
     for shards in splits.values():
         _require_all_numbers(shards)
+        for shard in shards:
+            require_inside(shard, path)
     return ShardSet(path, {split: tuple(sorted(shards, key=_order)) for split, shards in splits.items()}, bool(unnamed))
 
 

@@ -22,6 +22,9 @@ from weights.dry_run import BoundedUnpickler
 from weights.errors import DataError
 from weights.guard import shortened
 
+LONGEST = 2**31
+"""Images or bytes in a row; numbers of thousands of digits would take for ever to be multiplied."""
+
 _KINDS = frozenset({"b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8"})
 """Types of numbers that an array may have, as numpy writes them."""
 
@@ -66,7 +69,8 @@ class _Type:
         self.order = "="
 
     def __setstate__(self, state: Any) -> None:
-        self.order = {"<": "<", ">": ">", "|": "|", b"<": "<", b">": ">", b"|": "|"}.get(state[1], "=")
+        order = as_text(state[1]) if isinstance(state[1], bytes | str) else ""
+        self.order = order if order in ("<", ">", "|") else "="
 
     def made(self) -> np.dtype[Any]:
         kind = self.text.lstrip("<>=|")
@@ -93,7 +97,7 @@ class _Array:
             ValueError, TypeError: what the pickle says does not fit together.
         """
         _, shape, kind, by_column, content = self.state
-        whole = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
+        whole = isinstance(shape, tuple) and all(type(side) is int and 0 <= side < LONGEST for side in shape)
         if not whole or len(shape) > 4 or not isinstance(kind, _Type) or not isinstance(content, bytes):
             raise ValueError("an array's description is no such thing")
         numbers = kind.made()
@@ -128,7 +132,8 @@ class _Call:
 def _encode(text: str, codec: object = "") -> bytes:
     """`_codecs.encode` as python 3 uses it to write bytes at protocol 2, and for no other codec."""
     if codec not in ("latin1", "latin-1"):
-        raise _RefusedError(f"_codecs.encode with {shortened(repr(codec))}")
+        other = repr(codec) if isinstance(codec, str) else f"a {type(codec).__name__}"  # a list may hold itself twice
+        raise _RefusedError(f"_codecs.encode with {shortened(other)}")
     return text.encode("latin1")
 
 

@@ -111,6 +111,17 @@ def test_libraries_that_are_absent_broken_or_too_old() -> None:
     assert check("python", python="3.10.4").verdict == "problem"
 
 
+def test_a_torch_with_a_known_fault() -> None:
+    def torch_check(version: str) -> Check:
+        return check("torch", installed=Installed(">=3.11", (Package("torch", version, ">=2.9"),)))
+
+    old = torch_check("2.9.1+cu126")
+    assert old.verdict == "warning"
+    assert old.found == "2.9.1+cu126, which a .pth file can be made to harm (CVE-2026-24747)"
+    assert old.next == 'Update it: pip install --upgrade "torch>=2.10".'
+    assert [torch_check(version).verdict for version in ("2.10.0", "2.10.0a0+git1", "2.15.0")] == ["ok"] * 3
+
+
 def test_without_metadata_and_with_a_namesake() -> None:
     assert check("installation", installed=Installed()).verdict == "warning"
     broken = {"installed": Installed(), "torch": {}, "torch_error": "ImportError: libc10.so"}
@@ -282,7 +293,7 @@ def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {"python", "torch", "timm", "processor", "threads", "gpu", "compiler", "memory", "output folder"} <= set(
         checks
     )
-    assert checks["torch"]["found"].startswith(f"{libraries.version_of('torch')} (>=")
+    assert checks["torch"]["found"].startswith(libraries.version_of("torch"))
     assert checks["timm"]["verdict"] == "ok"
     assert checks["output folder"]["found"].startswith(str(tmp_path / "runs"))
     assert list(tmp_path.iterdir()) == [], "nothing is written"

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from fuzz.built import STRATEGIES
 from fuzz.mutate import mutated
-from fuzz.targets import Place, Target, targets
+from fuzz.place import Place, Target
+from fuzz.targets import targets
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from make_data import write_cifar100_binary, write_cifar100_python
+from make_data import write_cifar100_binary, write_cifar100_python, write_tar
 from make_hostile import (
     CLASSES,
     NESTED,
@@ -44,7 +44,7 @@ from finetune.rundir import RunDirectory
 from finetune.trained import load_trained
 from weights.arch import resolve_arch
 from weights.errors import DataError, FinetuneError, RunError, UsageError, WeightsError
-from weights.guard import LARGEST_TEXT
+from weights.guard import LARGEST_TEXT, read_bytes
 from weights.load import read_tensors
 from weights.locate import locate
 from weights.record import record_path, recorded
@@ -97,6 +97,11 @@ def test_devices_are_refused(tmp_path: Path) -> None:
     assert "(a device, not a file)" in said(lambda: read_tensors(device))
     with pytest.raises(OSError, match="a device, not a file"):
         decode.open_image(damage(photos / "cat" / "0.png", Path("/dev/null")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")
+def test_files_of_the_system_that_say_to_have_nothing() -> None:
+    assert Path("/proc/self/maps").read_bytes() != b"" == read_bytes(Path("/proc/self/maps"))
 
 
 # Too large, too deep
@@ -181,6 +186,8 @@ def test_archives_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         with pytest.raises(DataError, match=rf"a\.tar\.gz cannot be read as a \.tar\.gz \(({reason}).*\); fetch it"):
             cifar.cifar_archive(tar_of(path, members, end))  # type: ignore[arg-type]
+    long = said(lambda: cifar.cifar_archive(tar_of(path, [(member("../" + "a" * 1000, 0), b"")])))
+    assert f"a.tar.gz holds '../{'a' * 196}…, a path that leads out of it" in long
 
 
 def test_cifar_files_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +212,13 @@ def test_an_image_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch: pyte
         opened.load()
     assert runs == ["gs"]
     damage(photos / "cat" / "0.png", eps)
-    assert "0.png (no image that Pillow knows); replace" in said(lambda: load_data(str(photos)))
+    write_tar(tmp_path / "a.tar", {"0.png": eps, "0.cls": b"cat", "1.png": eps[:3], "1.cls": b"dog"})
+    for path, place in ((photos, photos / "cat" / "0.png"), (tmp_path / "a.tar", f"{tmp_path}/a.tar: 0.png")):
+        assert f"{place} (EPS, which is not admitted: JPEG, PNG, " in said(partial(load_data, str(path)))
+    message = said(partial(load_data, str(tmp_path / "a.tar")))
+    assert message.endswith(
+        f"TGA and ICO are), {tmp_path}/a.tar: 1.png (no image that Pillow knows); replace or remove them."
+    )
     assert runs == ["gs"]
 
 
@@ -230,7 +243,7 @@ def test_links_that_lead_out_of_a_data_folder(tmp_path: Path, monkeypatch: pytes
         damage(photos / name, target)
         for read in (partial(load_data, str(photos)), partial(find_images, [photos])):
             assert said(read) == (
-                f"{photos / name} is a link that leads out of {photos}; expected a folder that holds its own images, "
+                f"{photos / name} is a link that leads out of {photos}; expected a folder that holds its own files, "
                 "so copy what it leads to, or set FINETUNE_FOLLOW_LINKS=1 if the links are your own."
             )
     inside = write_photos(tmp_path / "inside")

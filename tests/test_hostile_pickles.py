@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from finetune.report import rebuild_report
 from finetune.rundir import RunDirectory, open_run_directory
 from finetune.sweep import _State
 from finetune.trained import load_trained
+from weights import dry_run, torch_file
 from weights.arch import resolve_arch
 from weights.errors import DataError, FinetuneError, RunError, WeightsError
 from weights.load import read_tensors
@@ -154,6 +156,79 @@ def packed(path: Path, pickled: bytes) -> None:
         archive.writestr("w/version", b"3\n")
 
 
+def refused(path: Path, content: bytes) -> str:
+    """Return why a pickle is not loaded, packed in an archive and by itself."""
+    reasons = set()
+    for write in (packed, damage):
+        write(path, content)
+        with pytest.raises(WeightsError) as error:
+            read_tensors(path)
+        reasons.add(str(error.value).removeprefix(f"{path.name} was not loaded: ").partition("; save its")[0])
+    assert len(reasons) == 1, reasons
+    return reasons.pop()
+
+
+LATIN1 = b"X\x06\x00\x00\x00latin1"
+MUCH = b"J\x00\x00\x00\x10"  # 268,435,456
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        (b"}" + b"N" + b"\x85" * 1000 + b"K\x01s", "it has tuples of many values as keys"),
+        (b"c__builtin__\nset\n]" + b"N" + b"\x85" * 1000 + b"a\x85R", "it has tuples of many values as keys"),
+        (b"}ctorch\nSize\n]\x85RNs", "it has a shape as a key"),
+        (b"(N\x91", "it holds sets or arrays of bytes in a form that torch.save and CIFAR do not use"),
+        (b"\x96" + (2**28).to_bytes(8, "little"), "it holds sets or arrays of bytes in a form"),
+        (b"c__builtin__\nbytearray\n" + MUCH + b"\x85R", "it calls bytearray for something else than text in latin1"),
+        (
+            b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\nN" + MUCH + b"\x85NtR",
+            "it calls bytearray for something else than text in latin1",
+        ),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x04\x00\x00\x00idna\x86R", "it calls encode for something else than"),
+        (b"ctorch\nFloatTensor\n" + MUCH + b"\x85R", "it calls FloatTensor with values or sizes"),
+        (b"ctorch\nSize\n]R", "it calls something with no tuple of arguments"),
+        (b"])\x81", "it makes an object of what is no class"),
+        (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + LATIN1 + b"N]tQ", "a storage has no name, or no"),
+        (
+            b"c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + bytes(2**16) + b"q\x01" + LATIN1 + b"q\x02"
+            + b"h\x00h\x01h\x02\x86R" * 800,
+            "its pickle takes more than 3,000,000 steps",
+        ),
+    ],
+    ids=[
+        "deep key", "deep in a set", "shape as key", "set of sets", "array of bytes", "bytearray", "bytearray within",
+        "other codec", "tensor of a size", "no tuple", "no class", "storage", "copies",
+    ],
+)  # fmt: skip
+def test_a_short_pickle_that_asks_for_much(tmp_path: Path, pickled: bytes, reason: str) -> None:
+    assert refused(tmp_path / "w.pth", b"\x80\x02" + pickled + b".").startswith(reason)
+
+
+def test_steps_of_a_pickle_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "MOST_STEPS", 1000)
+    lists = b"\x80\x02" + b"]" * 1000 + b"."
+    assert refused(tmp_path / "w.pth", lists) == "its pickle takes more than 1,000 steps"
+    write_cifar100_python(tmp_path / "cifar", 4, 2)
+    damage(tmp_path / "cifar" / "meta", lists)
+    with pytest.raises(DataError, match=r"meta is damaged or no pickle \(its pickle takes more than 1,000 steps\);"):
+        load_data(str(tmp_path / "cifar"))
+
+
+def test_a_list_that_is_endless_when_it_is_written_out(tmp_path: Path) -> None:
+    endless: list[Any] = ["x"]
+    for _ in range(40):
+        endless = [endless, endless]
+    torch.save({"a": torch.zeros(1), "b": endless}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth was not loaded: written out, it would take more than 16,777,216"):
+        read_tensors(tmp_path / "w.pth")
+    write_cifar100_python(tmp_path / "cifar", 4, 2)
+    codec = b"]q\x000" + b"](h\x00h\x00eq\x000" * 40 + b"h\x00"  # in place of the name of one
+    damage(tmp_path / "cifar" / "meta", b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a" + codec + b"\x86R.")
+    with pytest.raises(DataError, match=r"meta asks to run _codecs\.encode with a list, which no CIFAR file needs"):
+        load_data(str(tmp_path / "cifar"))
+
+
 def test_a_place_of_the_memo_takes_no_memory(tmp_path: Path) -> None:
     write_cifar100_python(tmp_path, 4, 2)
     (tmp_path / "meta").write_bytes(b"\x80\x02}r\xff\xff\xff\x00.")  # place 16,777,215, for which 268 MB would be taken
@@ -183,6 +258,7 @@ def array(kind: Any, shape: tuple[int, ...], content: bytes) -> Any:
         (array("u1", (10**9, 3072), b"a"), "an array of 1 bytes is said to have the shape"),
         (array("u1", (-1, 3072), b"a"), "an array's description is no such thing"),
         (array(object, (2,), [1, 2]), "an array's description is no such thing"),  # type: ignore[arg-type]
+        (array("u1", (10**10, 0), b""), "an array's description is no such thing"),
         (array([("a", "i8"), ("b", "i8")], (1,), bytes(16)), "is none of plain numbers"),
         (array("S100", (1,), bytes(100)), "is none of plain numbers"),
     ],
@@ -246,6 +322,40 @@ def test_an_archive_is_not_what_it_says(tmp_path: Path) -> None:
         read_tensors(path)
     with pytest.raises(RunError, match=r"checkpoint\.pt is damaged \(it unpacks to more than 16,777,216 bytes"):
         RunDirectory(path.rename(tmp_path / "checkpoint.pt").parent).read_checkpoint()
+
+
+def test_an_archive_with_two_tables_of_contents(tmp_path: Path) -> None:
+    """Python's reader finds the second of two archives in a row, and PyTorch's the first."""
+    path = tmp_path / "w.pth"
+    archives = []
+    for value in (0.0, 1.0):
+        torch.save({"a": torch.full((1,), value)}, path)
+        archives.append(path.read_bytes())
+    path.write_bytes(b"".join(archives))
+    with pytest.raises(WeightsError, match=r"w\.pth was not loaded: its table of contents is not where it has to be"):
+        read_tensors(path)
+    path.write_bytes(archives[1])
+    assert read_tensors(path)["a"] == 1
+
+
+def test_tables_and_pickles_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(77)}, path)
+    for name, place in (("LARGEST_PICKLE", "data.pkl"), ("LARGEST_TABLE", "table of contents")):
+        usual = getattr(torch_file, name)
+        monkeypatch.setattr(torch_file, name, 99)
+        with pytest.raises(WeightsError, match=rf"w\.pth was not loaded: its {place} has \d+ bytes, and may have 99"):
+            read_tensors(path)
+        monkeypatch.setattr(torch_file, name, usual)
+    torch.save({"a": torch.zeros(77)}, path, _use_new_zipfile_serialization=False)
+    honest = path.read_bytes()
+    assert honest.count(b"KMNt") == 1  # the storage's values, in the pickle
+    path.write_bytes(honest.replace(b"KMNt", b"\x8a\x05\0\0\0\0\1Nt"))
+    with pytest.raises(WeightsError, match=r"w\.pth was not loaded: its tensors claim more than 16,777,216 bytes"):
+        read_tensors(path)
+    path.write_bytes(tarfile.TarInfo("\x80\x02K\x01.").tobuf(tarfile.GNU_FORMAT, encoding="latin1"))
+    with pytest.raises(WeightsError, match=r"w\.pth was not loaded: it is a tar file as well"):
+        read_tensors(path)
 
 
 def test_containers_in_themselves_and_under_false_names(tmp_path: Path) -> None:

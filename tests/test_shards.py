@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,29 +113,6 @@ def test_every_form_of_a_label(tmp_path: Path) -> None:
     train = read_data(str(tmp_path)).train
     assert train.classes == ("7", "12", "100")
     assert train.labels.tolist() == [0, 1, 0, 2]
-
-
-def test_only_regular_members_are_read(tmp_path: Path) -> None:
-    """A link is no image, wherever it leads, and an absolute name is a name like others."""
-    (tmp_path / "outside.png").write_bytes(PNG)
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for name, content in (("/etc/0.png", PNG), ("/etc/0.cls", b"ant"), ("../1.png", PNG), ("../1.cls", b"bee")):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)):
-            info = tarfile.TarInfo(f"link{number}.png")
-            info.type, info.linkname = kind, str(tmp_path / "outside.png")
-            tar.addfile(info)
-    assert len(read_data(str(tmp_path / "train.tar")).train) == 2
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["outside.png", "train.tar"]
-    with tarfile.open(tmp_path / "train.tar", "a") as tar:
-        info = tarfile.TarInfo("link0.cls")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"ant"))
-    assert refused(tmp_path / "train.tar").startswith(
-        f"{tmp_path}/train.tar holds a label of link0 (link0.cls) and no image; expected both"
-    )
 
 
 def test_check_reads_shards(tmp_path: Path, made: Made) -> None:
@@ -285,11 +260,14 @@ def test_shards_without_samples(tmp_path: Path) -> None:
             "ant\nbee",
             ": 2.png has the label 'bees', which is no class of classes.txt; expected one of ant, bee; did you",
         ),
-        ({"\x1b[1m\udcff.png": PNG}, "", r": \x1b[1m\xdcff.png has no label; expected \x1b[1m\xdcff.cls, or"),
+        ({"\x1b[1m\udcff.png": PNG}, "", r": \x1b[1m\udcff.png has no label; expected \x1b[1m\udcff.cls, or"),
+        ({"y" * 300 + ".png": PNG}, "", f": {'y' * 200}… has no label; expected {'y' * 200}….cls, or"),
+        ({"2.png": PNG, "2.cls": b"z" * 256}, "", ": 2.cls holds a label of 256 characters; expected a whole"),
+        ({"2.png": PNG, "2.cls": b"z" * 255}, "ant\nbee", f": 2.png has the label '{'z' * 199}…, which is no class of"),
     ],
     ids=[
         "no label", "no image", "two images", "empty", "no JSON", "a list", "too large", "negative", "out of range",
-        "unknown", "odd name",
+        "unknown", "odd name", "long name", "long label", "long unknown",
     ],
 )  # fmt: skip
 def test_samples_that_are_refused(tmp_path: Path, more: dict[str, bytes], classes: str, words: str) -> None:
@@ -320,7 +298,11 @@ def test_names_of_classes(tmp_path: Path) -> None:
     raw = read_data(str(tmp_path))
     assert raw.train.labels.tolist() == [2, 1]
     assert raw.notes == ("classes.txt names cat, of which train holds no image.",)
-    for text, reason in (("ant\nbee\nant", "names 'ant' twice"), ("ant\n\nbee", "has a line without a name")):
+    for text, reason in (
+        ("ant\nbee\nant", "names 'ant' twice"),
+        ("ant\n\nbee", "has a line without a name"),
+        ("ant\n" + "b" * 256, "has a line of 256 characters, and a name may have 255"),
+    ):
         (tmp_path / "classes.txt").write_text(text)
         assert refused(tmp_path).startswith(f"{tmp_path}/classes.txt {reason}; expected the name of a class in each")
     (tmp_path / "classes.txt").write_text("ant\n" * 2**19)

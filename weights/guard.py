@@ -51,8 +51,22 @@ def refuse_link(path: Path) -> None:
         raise OSError(errno.ELOOP, "a link that leads elsewhere", str(path))
 
 
+def require_size(size: int, largest: int) -> None:
+    """Refuse what has too many bytes to be read whole.
+
+    Args:
+        size: bytes that it has.
+        largest: bytes that it may have.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if size > largest:
+        raise ValueError(f"it has {size:,} bytes, and such a file may have {largest:,}")
+
+
 def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """Return a regular file's bytes.
+    """Return a regular file's bytes: those that it says to have, for some files of the system say none and never end.
 
     Args:
         path: the file.
@@ -64,9 +78,10 @@ def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """
     require_regular(path)
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > largest:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
             raise ValueError(f"it is larger than the {largest:,} bytes that such a file may have")
-        return file.read()
+        return file.read(size)
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:

@@ -3,7 +3,8 @@
 `torch.load(weights_only=True)` runs nothing that a pickle names but a few functions of its own. What it does not look
 at is checked here: an archive may unpack to a thousand times its size, a key may take for ever to be hashed, and a
 tensor may claim more values than there are (one value with a stride of 0 stands for as many as one likes), which is
-noticed when somebody copies it.
+noticed when somebody copies it. A list may hold one list a thousand million times, by holding one twice that does, and
+is no trouble until somebody writes it out. And an archive may have two tables of contents, one for each of two readers.
 
 Before torch 2.10 it did not compare the sizes of storages in the pickle with those in the archive, nor did it look into
 what entries are put (CVE-2026-24747), so both are checked here as well.
@@ -15,11 +16,14 @@ import argparse
 import copy
 import io
 import pickle
+import struct
+import tarfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,6 +39,14 @@ SMALL = 16 * 2**20
 """Bytes that any file may take, however small it is."""
 
 PICKLE = "data.pkl"  # the member of an archive that says what the others are
+
+LARGEST_PICKLE = 64 * 2**20
+"""Bytes of that member. It holds names and shapes; values lie beside it."""
+
+LARGEST_TABLE = 32 * 2**20
+"""Bytes of an archive's table of contents: about a hundred for each tensor, which take ten times as much in memory."""
+
+CONTAINERS = (dict, list, tuple, set, argparse.Namespace)
 
 NESTED = 100
 """Containers in containers that are looked through for tensors; training checkpoints have about five."""
@@ -71,9 +83,10 @@ def read_torch(path: Path, *, checked: bool = False) -> object:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols and kinds of storage, which the user cannot change
             if archived:
+                _require_one_table(file)
                 _require_honest(file, most, checked)
             else:
-                _require_light(file)
+                _require_light(file, most)
             file.seek(0)
             held: object = torch.load(file, map_location="cpu", weights_only=True)
     require_plain(held, most)
@@ -81,11 +94,11 @@ def read_torch(path: Path, *, checked: bool = False) -> object:
 
 
 def require_plain(held: object, most: int) -> None:
-    """Refuse tensors that are not simply values in memory, without looking at a value.
+    """Refuse tensors that are not simply values in memory, without looking at a value, and endless containers.
 
     Args:
         held: containers with tensors.
-        most: bytes that all tensors together may have.
+        most: bytes that all tensors together may have, and letters that all else may have when it is written out.
 
     Raises:
         UnfitError: a tensor that is sparse, quantised or without values, tensors that are larger, or too deep nesting.
@@ -98,6 +111,37 @@ def require_plain(held: object, most: int) -> None:
         size += tensor.numel() * tensor.element_size()
         if size > most:
             raise UnfitError(f"its tensors claim more than {most:,} bytes, far more than the file has")
+    if _letters(held, {}) > most:
+        raise UnfitError(f"written out, it would take more than {most:,} letters, far more than the file has")
+
+
+def _require_one_table(file: BinaryIO) -> None:
+    """Refuse an archive in which two readers may find two tables of contents: Python's, which looks, and PyTorch's.
+
+    Python's takes the table right before the end record, the other goes where that record says. (APPNOTE.TXT of PKWARE,
+    4.3.14 to 4.3.16: of the last 22 bytes, those at 12 are the table's size and place; before them there may be a
+    larger record of 56 bytes and a pointer to it of 20, as torch.save writes them.)
+
+    Raises:
+        UnfitError: the two may differ, or the table is too large.
+        ValueError: there is no end record.
+    """
+    file.seek(0, io.SEEK_END)
+    total = file.tell()
+    file.seek(max(0, total - 98))
+    tail = file.read().rjust(98, b"\0")
+    large, pointer, last = tail[:56], tail[56:76], tail[76:]
+    if not last.startswith(b"PK\5\6") or not last.endswith(b"\0\0"):
+        raise ValueError("it does not end as an archive does")
+    end, (size, place) = total - 22, struct.unpack("<II", last[12:20])
+    sound = True
+    if pointer.startswith(b"PK\6\7"):
+        end, (size, place) = total - 98, struct.unpack("<QQ", large[40:])
+        sound = large.startswith(b"PK\6\6") and struct.unpack("<Q", pointer[8:16]) == (end,)
+    if not sound or place + size != end:
+        raise UnfitError("its table of contents is not where it has to be")
+    if size > LARGEST_TABLE:
+        raise UnfitError(f"its table of contents has {size:,} bytes, and may have {LARGEST_TABLE:,}")
 
 
 def _require_honest(file: BinaryIO, most: int, checked: bool) -> None:
@@ -113,18 +157,31 @@ def _require_honest(file: BinaryIO, most: int, checked: bool) -> None:
             raise UnfitError(f"{damaged} does not match its checksum")
         for name in archive.namelist():
             if name.lower().endswith(PICKLE):
+                if (size := archive.getinfo(name).file_size) > LARGEST_PICKLE:
+                    raise UnfitError(f"its {PICKLE} has {size:,} bytes, and may have {LARGEST_PICKLE:,}")
                 member = copy.copy(archive.getinfo(name))
                 del member.CRC  # torch.save may be told to leave checksums out, and torch.load does not look at them
                 _, run = _dry_run(io.BytesIO(archive.open(member).read()))
                 for kind, key, elements in run.storages:
-                    _compare(kind, elements, sizes.get(f"{name[: -len(PICKLE)]}data/{key!s:.40}".lower()))
+                    _compare(kind, elements, sizes.get(f"{name[: -len(PICKLE)]}data/{key}".lower()))
 
 
-def _require_light(file: BinaryIO) -> None:
-    """Look at a bare pickle, or at the five of which a file was made before torch 1.6: the first is a number."""
+def _require_light(file: BinaryIO, most: int) -> None:
+    """Look at a bare pickle, or at the five of which a file was made before torch 1.6: the first is a number.
+
+    Still older ones were tar files, which torch.load refuses only when it has read a member's headers, however long.
+    """
+    file.seek(0)
+    with suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        raise UnfitError("it is a tar file as well")
+    file.seek(0)
     number, _ = _dry_run(file)
     for _ in range(4 if isinstance(number, int) else 0):
-        _dry_run(file)
+        _, run = _dry_run(file)
+        claimed = {key: elements for _, key, elements in run.storages}
+        if sum(claimed.values()) > most or min(claimed.values(), default=0) < 0:
+            raise UnfitError(f"its tensors claim more than {most:,} bytes, far more than the file has")
 
 
 def _dry_run(file: BinaryIO) -> tuple[object, DryRun]:
@@ -137,15 +194,40 @@ def _dry_run(file: BinaryIO) -> tuple[object, DryRun]:
         raise ValueError(str(error)) from error
 
 
-def _compare(kind: str, elements: object, size: int | None) -> None:
+def _compare(kind: str, elements: int, size: int | None) -> None:
     """Compare what a pickle says of a storage with its bytes in the archive; what is not known torch.load refuses."""
     name = kind.rpartition(".")[2]
     known = getattr(torch, name, None) if name.endswith("Storage") else None
     each = 1 if name == "UntypedStorage" else getattr(getattr(known, "dtype", None), "itemsize", 0)
     if size is None or not each:
         return
-    if type(elements) is not int or elements * each != size:
+    if elements * each != size:
         raise UnfitError(f"a storage has {size:,} bytes and is said to have {shortened(str(elements))} values")
+
+
+def _letters(held: object, known: dict[int, int]) -> int:
+    """Return about how many letters containers have when they are written out, what is held twice being written twice.
+
+    Args:
+        held: a value; containers nest no deeper than `NESTED`, or hold themselves.
+        known: of containers that were met before, by id; one that holds itself is not written again.
+    """
+    if isinstance(held, str | bytes):
+        return 1 + len(held)
+    if not isinstance(held, CONTAINERS):
+        return 1
+    if id(held) not in known:
+        known[id(held)] = 1
+        keys = dict.keys(held) if isinstance(held, dict) else ()
+        known[id(held)] += sum(_letters(one, known) for part in (keys, _within(held)) for one in part)
+    return known[id(held)]
+
+
+def _within(held: Any) -> Iterable[object]:
+    """Return what a container holds; a dict by its own method, for a pickle may have put another on an OrderedDict."""
+    if isinstance(held, dict):
+        return dict.values(held)
+    return vars(held).values() if isinstance(held, argparse.Namespace) else held
 
 
 def _tensors(held: object) -> Iterator[Tensor]:
@@ -157,12 +239,9 @@ def _tensors(held: object) -> Iterator[Tensor]:
         for one in level:
             if isinstance(one, Tensor):
                 yield one
-            elif isinstance(one, dict | list | tuple | set | argparse.Namespace) and id(one) not in seen:
+            elif isinstance(one, CONTAINERS) and id(one) not in seen:
                 seen.add(id(one))
-                if isinstance(one, dict):  # dict's own method: a pickle may have put another `values` on an OrderedDict
-                    below += dict.values(one)
-                else:
-                    below += vars(one).values() if isinstance(one, argparse.Namespace) else one
+                below += _within(one)
         if not below:
             return
         level = below

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fuzz.built import STRATEGIES
-from fuzz.targets import Place, targets
+from fuzz.place import Place
+from fuzz.targets import targets
 from fuzz.watch import Turn
 
 from weights.errors import FinetuneError

@@ -151,6 +151,18 @@ MEMBERS = st.builds(
     st.sampled_from((b"", bytes(512), b"12 path=ab\n" + bytes(501), b"\xff" * 512)),
 )
 
+SHARD = st.lists(
+    st.builds(
+        _member,
+        st.sampled_from(("0.png", "0.cls", "1.jpg", "1.cls", "1.json", "a" * 200 + ".png")) | TEXTS,
+        st.sampled_from((0, 1, 3, 512, 2**33, -1, -512)),
+        st.sampled_from((b"0", b"0", b"0", b"\0", b"1", b"2", b"5", b"L", b"S", b"x", b"g", b"7", b"D")),
+        st.sampled_from(("", "0.png", "/etc/passwd")),
+        st.sampled_from((b"", b"ant" + bytes(509), b"3" + bytes(511), b"12 size=600\n" + bytes(500), b"\xff" * 512)),
+    ),
+    max_size=6,
+).map(lambda members: b"".join(members) + bytes(1024))
+
 
 def _png(width: int, height: int, depth: int, colours: int, pixels: bytes, extra: tuple[bytes, bytes]) -> bytes:
     file = b"\x89PNG\r\n\x1a\n"
@@ -182,6 +194,7 @@ STRATEGIES: dict[str, SearchStrategy[bytes]] = {
     "CIFAR names, pickled": PICKLES,
     "CIFAR binary": st.integers(0, 3).flatmap(lambda images: st.binary(min_size=images * 3073, max_size=images * 3073)),
     "tar.gz": st.lists(MEMBERS, max_size=4).map(lambda members: gzip.compress(b"".join(members) + bytes(1024), 1)),
+    "shard": SHARD,
     "image PNG": PNG,
     "recipe.toml": changed(to_table(Recipe()), TOML_VALUES).map(lambda table: tomli_w.dumps(table).encode()),
     "summary.json": changed(summary_of()).map(_json),

@@ -10,19 +10,17 @@ import gzip
 import io
 import json
 import pickle
-import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from hypothesis.strategies import SearchStrategy
+from fuzz.place import Place, Target, require
+from fuzz.shards import shard_targets
 from make_data import make_images, write_cifar10_binary, write_cifar100_python
 from make_hostile import CLASSES, row_of, summary_of, write_finished, write_model
 from PIL import Image
@@ -69,52 +67,10 @@ CODES = tuple(bytes([code]) for code in b"\x80\x85\x86\x87\x88NKMJX}]()lhqrjsuet
 """Operations of pickles."""
 
 
-class Place:
-    """A folder in memory, in which a target writes and reads; it is not to be written elsewhere."""
-
-    def __init__(self) -> None:
-        memory = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
-        tempfile.tempdir = str(self.folder)  # what libraries write in passing
-
-    def file(self, name: str, content: bytes) -> Path:
-        path = self.folder / name
-        path.write_bytes(content)
-        return path
-
-    def remove(self) -> None:
-        tempfile.tempdir = None
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A reader to be fuzzed.
-
-    Attributes:
-        name: of the target.
-        seeds: sound inputs.
-        read: gives one input to the reader.
-        words: pieces that mutated inputs may get.
-        built: inputs that hypothesis builds; None for a target whose inputs are mutated.
-    """
-
-    name: str
-    seeds: list[bytes]
-    read: Callable[[bytes], None]
-    words: tuple[bytes, ...] = ()
-    built: SearchStrategy[bytes] | None = None
-
-
-def require(sound: bool, what: str) -> None:
-    """Raise when something that was read is not sound."""
-    if not sound:
-        raise AssertionError(what)
-
-
 def targets(place: Place) -> list[Target]:
     """Return all targets, reading and writing in `place`."""
-    return [*_weights(place), *_checkpoints(place), *_cifar(place), *_images(place), *_settings(place), *_runs(place)]
+    data = [*_cifar(place), *shard_targets(place), *_images(place)]
+    return [*_weights(place), *_checkpoints(place), *data, *_settings(place), *_runs(place)]
 
 
 def _weights(place: Place) -> list[Target]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from fuzz.mutate import mutated
-from fuzz.targets import Place, Target
+from fuzz.place import Place, Target
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from PIL import Image
 
