@@ -137,9 +137,13 @@ def test_rows_are_those_of_images_in_memory(root: Path) -> None:
     assert torch.equal(torch.cat(list(blocks(train, 5, 600, 32))), whole[5:])
     assert [len(block) for block in blocks(train, 0, 150, 32)] == [64, 64, 22], "two batches, of which three fit"
     assert train.decoder.most <= train.decoder.limit
-    large = prefix_batch(torch.device("cuda"))
+
+
+def test_three_batches_of_a_gpu_are_held_whatever_the_memory(root: Path) -> None:
+    train, large = loaded(root, 1).images, prefix_batch(torch.device("cuda"))
+    assert isinstance(train, Streamed)
     assert [len(block) for block in blocks(train, 0, 600, large)] == [large, large, 600 - 2 * large]
-    assert LEAST < train.decoder.most <= train.decoder.limit == 3 * large, "batches of a GPU, whatever the memory"
+    assert LEAST < train.decoder.most <= train.decoder.limit == 3 * large
 
 
 def test_batches_that_were_announced_are_decoded_ahead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
