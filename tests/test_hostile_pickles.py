@@ -258,7 +258,7 @@ def array(kind: Any, shape: tuple[int, ...], content: bytes) -> Any:
         (array("u1", (10**9, 3072), b"a"), "an array of 1 bytes is said to have the shape"),
         (array("u1", (-1, 3072), b"a"), "an array's description is no such thing"),
         (array(object, (2,), [1, 2]), "an array's description is no such thing"),  # type: ignore[arg-type]
-        (array("u1", (10**10, 0), b""), "an array's description is no such thing"),
+        (array("u1", (10**10, 3072), b"a"), "an array's description is no such thing"),
         (array([("a", "i8"), ("b", "i8")], (1,), bytes(16)), "is none of plain numbers"),
         (array("S100", (1,), bytes(100)), "is none of plain numbers"),
     ],

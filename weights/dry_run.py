@@ -143,14 +143,20 @@ def _with_light_keys(load: Load, keys: Callable[[list[Any]], Sequence[Any]]) -> 
     return load_light
 
 
-def _call(unpickler: BoundedUnpickler) -> None:
-    unpickler.look_at_call(unpickler.stack[-2], unpickler.stack[-1])
-    pickle._Unpickler.dispatch[pickle.REDUCE[0]](unpickler)
+def _looked_at(load: Load) -> Load:
+    def look_and_call(unpickler: BoundedUnpickler) -> None:
+        unpickler.look_at_call(unpickler.stack[-2], unpickler.stack[-1])
+        load(unpickler)
+
+    return look_and_call
 
 
-def _build(unpickler: BoundedUnpickler) -> None:
-    unpickler.count_copy(unpickler.stack[-1])
-    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
+def _counted(load: Load) -> Load:
+    def count_and_build(unpickler: BoundedUnpickler) -> None:
+        unpickler.count_copy(unpickler.stack[-1])
+        load(unpickler)
+
+    return count_and_build
 
 
 def _refuse(_: BoundedUnpickler) -> None:
@@ -160,7 +166,8 @@ def _refuse(_: BoundedUnpickler) -> None:
 
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
     BoundedUnpickler.dispatch[_code[0]] = _weighed(BoundedUnpickler.dispatch[_code[0]])
-BoundedUnpickler.dispatch |= {pickle.REDUCE[0]: _call, pickle.BUILD[0]: _build}
+BoundedUnpickler.dispatch[pickle.REDUCE[0]] = _looked_at(BoundedUnpickler.dispatch[pickle.REDUCE[0]])
+BoundedUnpickler.dispatch[pickle.BUILD[0]] = _counted(BoundedUnpickler.dispatch[pickle.BUILD[0]])
 for _code in (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8):
     BoundedUnpickler.dispatch[_code[0]] = _refuse
 for _code, _keys in (
