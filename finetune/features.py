@@ -180,12 +180,17 @@ def compute_view(
                 values = compute_rows(prefix, data, views, view, start, stop)
                 if entry:
                     entry.write_chunk(number, [value.cpu() for value in values])
-            for target, value in zip(into, values, strict=bool(into)):
-                target[start:stop] = value
+            _keep(into, values, start, stop)
             report(stop - start)
     if entry:
         entry.finish()
     return entry.mapped() if entry and not into else list(into)
+
+
+def _keep(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: int, stop: int) -> None:
+    """Copy a chunk's rows into memory, if any is given; no name for one of them outlives it on the device."""
+    for target, value in zip(into, values, strict=bool(into)):
+        target[start:stop] = value
 
 
 def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:

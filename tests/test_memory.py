@@ -103,14 +103,17 @@ def test_what_is_held_while_features_are_computed_is_what_is_counted(
 ) -> None:
     counted, seen, gathered = Counted(TWO_TENSORS), list[int](), list[int]()
     made, (apply, compute_rows) = counted.prepared(), (Views.apply, features.compute_rows)
+    before: list[weakref.ref[torch.Tensor]] = []
 
     def noted_views(self: Views, images: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
         seen.append(len(images))
         return apply(self, images, *where)
 
     def noted_rows(*arguments: Any) -> list[torch.Tensor]:
+        assert not any(value() is not None for value in before), "the chunk before is let go of"
         values = compute_rows(*arguments)
         gathered.append(sum(value.nbytes for value in values))
+        before[:] = map(weakref.ref, values)
         return values
 
     monkeypatch.setattr(Views, "apply", noted_views)
@@ -126,11 +129,11 @@ def test_what_is_held_while_features_are_computed_is_what_is_counted(
     asked: list[tuple[Callable[[], object], int]] = []
     monkeypatch.setattr(compute, "gpu_room", lambda step, batch, device, runs: asked.extend(runs))
     compute._room(Recipe(), StepMemory(0, 0, 0, shared=False), 4, CPU, made, image_set(50), Views("flip", 2))
-    before = counted.images
+    images = counted.images
     for run, size in asked:
         run()
         assert size == gathered_bytes(made.prefix)
-    assert counted.images == before + 2 * made.prefix.batch, "a batch in each of both formats"
+    assert counted.images == images + 2 * made.prefix.batch, "a batch in each of both formats"
 
 
 def test_the_batch_size_that_is_named_is_half_or_less() -> None:
