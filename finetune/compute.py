@@ -132,7 +132,7 @@ def decide(
     pick_training = _picker(only, prepared, device, events, choices, ranks)
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training, ranks)
     memory = memories[training.precision]
-    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data.train, views)
+    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data, views, ranks)
     placement, missing, on_disk = _place(recipe, data, views, prefix, left, held, room, ranks)
     if not held:
         memory.require_beside(placement, batch)
@@ -167,15 +167,17 @@ def _room(
     batch: int,
     device: torch.device,
     prefix: PreparedPrefix | None,
-    train: ImageSet,
+    data: DataSplits,
     views: Views,
+    ranks: Ranks,
 ) -> int | None:
     """Return the bytes of a GPU's own memory for features or images; None where there is none."""
     runs: list[tuple[Callable[[], object], int]] = []
+    largest = -(-max(len(split or ()) for split in (data.train, data.val, data.test)) // ranks.size)
     last = views.count - 1  # the first view may be the image as it is, which takes nothing to make
     for made in (prefix.prefix, prefix.for_test.prefix) if prefix else ():
-        work = partial(compute_rows, made, train, views, last, 0, min(made.batch, len(train)))
-        runs.append((work, gathered_bytes(made)))
+        work = partial(compute_rows, made, data.train, views, last, 0, min(made.batch, len(data.train)))
+        runs.append((work, gathered_bytes(made, largest)))
     room = gpu_room(memory, batch, device, runs)
     return min(room, memory_budget(recipe)) if room is not None and recipe.memory_budget else room
 
@@ -303,10 +305,9 @@ def _choose_training(
             few.append(prefix.prefix(pixels) if prefix else (prepared.preprocessing(pixels),))
         chosen = rows[:images].to(device)
         inputs = tuple(value[chosen] for value in few[0])
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         forward = compile_module(suffix) if compiled else None
         plain = replace(recipe, ema=0.0, lr=1e-6, skip_easy=0.0)
-        trainer = Trainer(suffix, prepared.fresh, plain, 10**9, dtype, device, forward)
+        trainer = Trainer(suffix, prepared.fresh, plain, 10**9, DTYPES[precision], device, forward)
         labels = train.labels[rows[:images]].to(device)
         suffix.train()
 
@@ -394,6 +395,5 @@ def quicker_than_disk(prefix: PreparedPrefix | None) -> bool:
 
 def memory_budget(recipe: Recipe) -> int:
     """Return the most bytes of memory that features may take."""
-    if recipe.memory_budget:
-        return parse_bytes(recipe.memory_budget, "--memory-budget")
-    return int(MEMORY_SHARE * free_memory())
+    asked = recipe.memory_budget
+    return parse_bytes(asked, "--memory-budget") if asked else int(MEMORY_SHARE * free_memory())

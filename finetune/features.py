@@ -208,9 +208,15 @@ def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start:
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def gathered_bytes(prefix: Prefix) -> int:
-    """Return the most bytes of features that gather on the device before they are kept: a chunk, on disk or not."""
-    return max(CHUNK_BYTES, BLOCK * prefix.batch * sum(row.bytes for row in prefix.rows))
+def gathered_bytes(prefix: Prefix, images: int) -> int:
+    """Return the most bytes of features that gather on the device before they are kept: a chunk, on disk or not.
+
+    Args:
+        prefix: what computes.
+        images: of the largest split.
+    """
+    row_bytes = sum(row.bytes for row in prefix.rows)
+    return min(images * row_bytes, max(CHUNK_BYTES, BLOCK * prefix.batch * row_bytes))
 
 
 class Progressing:
