@@ -25,7 +25,7 @@ from finetune.memory import StepMemory, gpu_room, step_memory
 from finetune.models import Prepared
 from finetune.placement import MEMORIES, MEMORY_SHARE, Placement, memory_for, place, size
 from finetune.plan import Plan
-from finetune.precision import DTYPES, Choice, choose, compile_module, largest_that_runs, remembered
+from finetune.precision import DTYPES, Choice, choose, compile_module, frozen_part_named, largest_that_runs, remembered
 from finetune.prefix import PreparedPrefix, prepare_prefix
 from finetune.ranks import Ranks
 from finetune.recipe import Recipe, parse_bytes
@@ -115,7 +115,7 @@ def decide(
         ranks: of this process; what is chosen is the first one's choice in all of them.
 
     Raises:
-        UsageError: features do not fit where they were asked to be.
+        UsageError: something does not fit where it has to be.
     """
     pick = _picker(recipe, prepared, device, events, choices, ranks)
     _require_batches(recipe, len(data.train), prepared)
@@ -156,8 +156,7 @@ def _prepare_prefix(
     """Return the frozen part, ready for `rows` images in all; None where there is none."""
     if cut.prefix is None:
         return None
-    step = prefix_batch(device)
-    few = train.images[:step]
+    few = train.images[: (step := prefix_batch(device))]
     return prepare_prefix(cut, prepared.preprocessing, few, device, lambda build: pick("prefix", build, step, rows))
 
 
@@ -178,7 +177,8 @@ def _room(
     for made in (prefix.prefix, prefix.for_test.prefix) if prefix else ():
         work = partial(compute_rows, made, data.train, views, last, 0, min(made.batch, len(data.train)))
         runs.append((work, gathered_bytes(made, largest)))
-    room = gpu_room(memory, batch, device, runs)
+    with frozen_part_named(prefix.prefix.batch if prefix else None, device):
+        room = gpu_room(memory, batch, device, runs)
     return min(room, memory_budget(recipe)) if room is not None and recipe.memory_budget else room
 
 
@@ -302,9 +302,9 @@ def _choose_training(
     def build(precision: str, compiled: bool, images: int = batch) -> Callable[[], None]:
         if not few:
             pixels = train.images[:PREFIX_BATCH].to(device)
-            few.append(prefix.prefix(pixels) if prefix else (prepared.preprocessing(pixels),))
-        chosen = rows[:images].to(device)
-        inputs = tuple(value[chosen] for value in few[0])
+            with frozen_part_named(prefix.prefix.batch if prefix else None, device):
+                few.append(prefix.prefix(pixels) if prefix else (prepared.preprocessing(pixels),))
+        inputs = tuple(value[rows[:images].to(device)] for value in few[0])
         forward = compile_module(suffix) if compiled else None
         plain = replace(recipe, ema=0.0, lr=1e-6, skip_easy=0.0)
         trainer = Trainer(suffix, prepared.fresh, plain, 10**9, DTYPES[precision], device, forward)

@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _too_large(images: int, batch: int | None, device: torch.device, fits: int |
     if batch is None:
         return UsageError(
             f"The frozen part takes {images} images at a time, which need more memory than {device} has; give a "
-            "smaller --image-size, or --device cpu."
+            "smaller --image-size, or --device cpu, or end other programs that use it."
         )
     whole = 0 if fits is None else fits * -(-batch // images)
     advice = f"--batch-size {whole}, which was tried and fits," if whole else "a smaller --batch-size"
@@ -166,6 +167,25 @@ def _too_large(images: int, batch: int | None, device: torch.device, fits: int |
         f"A step of {batch} images needs more memory than {device} has; give {advice} or a smaller --image-size, or "
         "train fewer layers."
     )
+
+
+@contextmanager
+def frozen_part_named(images: int | None, device: torch.device) -> Iterator[None]:
+    """Say that the frozen part does not fit, where it runs by itself: how many images it takes nobody chooses.
+
+    Args:
+        images: that it takes at a time; None where there is none.
+        device: where it runs.
+
+    Raises:
+        UsageError: memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if images is None:
+            raise
+        raise _too_large(images, None, device, None) from error
 
 
 def largest_that_runs(build: Callable[[int], Callable[[], None]], images: int) -> int | None:

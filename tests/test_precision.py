@@ -105,7 +105,7 @@ def test_a_format_that_does_not_fit_in_memory_is_not_taken() -> None:
     assert shared == f"A step of 255 {many} --batch-size 64, {tried} {rest}"
     assert said() == (
         "The frozen part takes 64 images at a time, which need more memory than cpu has; give a smaller --image-size, "
-        "or --device cpu."
+        "or --device cpu, or end other programs that use it."
     )
 
 
