@@ -266,8 +266,8 @@ def test_a_frozen_part_that_does_not_fit(recipe: Recipe, tmp_path: Path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             assert words_of(UsageError, own, tmp_path / "run") == (
-                "The frozen part takes 64 images at a time, which need more memory than cpu has; give a smaller "
-                "--image-size, or --device cpu, or end other programs that use it."
+                "The frozen part takes 64 images at a time, which need more memory than cpu has; end other programs "
+                "that use it, or give a smaller --image-size or --device cpu."
             )
     assert not (tmp_path / "run").exists()
 
