@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from finetune import evaluate as evaluating
 from finetune.data import load_data
+from finetune.eval_data import choose_images
 from finetune.evaluate import Evaluation, evaluate
 from finetune.events import Events
 from finetune.features import Prefix
@@ -25,6 +26,7 @@ from finetune.held_test import read_test
 from finetune.metrics import top_k_accuracy
 from finetune.pipeline import run
 from finetune.recipe import Recipe
+from finetune.stream import Streamed
 from finetune.trained import load_trained
 from weights.errors import DataError, UsageError
 
@@ -168,6 +170,10 @@ def test_images_that_the_run_learned_from_are_known_in_other_data(place: Place, 
     result = of(place, str(pile))
     assert result.repeated is not None
     assert result.repeated.tolist() == [True, True]
+    chosen = choose_images(
+        load_trained(place.folder), str(pile), data_dir=None, labels=None, split="test", events=Events()
+    )
+    assert isinstance(chosen.learned and chosen.learned.images, Streamed), "no second data set is kept in memory"
     notes: list[str] = []
     moved = tmp_path / "moved"
     shutil.copytree(place.folder, moved)
