@@ -16,9 +16,10 @@ from make_process import ROOT, as_rank, finish, start
 from torch import distributed, nn
 from torch.distributed import HashStore, TCPStore
 
+from finetune import rendezvous
 from finetune.ranks import Ranks
 from finetune.rendezvous import joined
-from weights.errors import DataError, FinetuneError, UsageError
+from weights.errors import DataError, FinetuneError, RunError, UsageError
 
 WAITS: tuple[Callable[[Ranks], object], ...] = (lambda ranks: ranks.sum(torch.ones(1)), Ranks.wait)
 """What the first process waits in when the second one ends: in a group of its own each."""
@@ -89,6 +90,25 @@ def test_a_process_that_is_in_a_group_already() -> None:
     assert str(error.value) == (
         "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run under "
         "torchrun makes its own; call torch.distributed.destroy_process_group() before it."
+    )
+
+
+@pytest.mark.usefixtures("_launched")
+def test_a_group_that_an_earlier_run_could_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("ncclCommAbort failed")
+
+    destroy = distributed.destroy_process_group
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "destroy_process_group", fail)
+        rendezvous._part(Ranks(0, 2))
+        with pytest.raises(RunError) as error, joined():
+            pass
+    finally:
+        destroy()
+    assert str(error.value) == (
+        "An earlier run of this process could not leave its process group; start a new process."
     )
 
 
