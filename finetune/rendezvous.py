@@ -27,6 +27,7 @@ LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 
 _runs = itertools.count()  # of this process: each has keys of its own in the store
 _stuck: list[Any] = []  # default groups that this process could not leave
+_waiting: list[Any] = []  # groups that it left while it waited in them
 
 
 @contextmanager
@@ -53,8 +54,14 @@ def joined() -> Iterator[Ranks]:
 
 
 def _part(ranks: Ranks) -> None:
-    """Leave the groups, so that another run of this process can make its own."""
-    ranks.store = ranks.patient = None
+    """Leave the groups, so that another run of this process can make its own.
+
+    gloo takes a group apart when nothing refers to it any more, and first waits for what is under way in it. While
+    another process computes features that may be long, so such a group is kept; the others look into the store.
+    """
+    if ranks.pending is not None and not ranks.pending.is_completed():
+        _waiting.append(ranks.patient)
+    ranks.store = ranks.patient = ranks.pending = None
     _leave_groups()
 
 
