@@ -21,6 +21,13 @@ from finetune.launch import is_first
 from finetune.recipe import AUTO, Recipe, check, from_table, read_toml, typed_settings
 from finetune.scratch import BY_RECIPE, choose_baseline
 from weights.errors import UsageError, near_matches
+from weights.guard import read_json
+
+# What all processes of a run have alike in their summaries: times and places are each one's own.
+SAME = (
+    "arch", "trained_layers", "data", "processes", "epochs", "images_seen",
+    "test_accuracy", "test_loss", "train_accuracy", "val_accuracy",
+)  # fmt: skip
 
 
 class BaselineSettings(TypedDict, total=False):
@@ -94,7 +101,8 @@ class Result:
         train_accuracy: in percent, in eval mode, of up to 10,000 training images.
         epochs: how many were trained.
         seconds: of the whole run.
-        metrics: the rows of metrics.jsonl, one per epoch; none in a process that does not see the run directory.
+        metrics: the rows of metrics.jsonl, one per epoch; none in a process that does not see the run directory, or
+            sees another run's in its place.
         summary: everything in summary.json, and the run directory under "output".
     """
 
@@ -203,8 +211,6 @@ def _watch(begin: Callable[[Events], dict[str, Any]], progress: bool) -> Result:
     with torch.random.fork_rng(devices=[]):  # a run seeds PyTorch's generator, which belongs to the caller
         summary = begin(printed() if progress else Events())
     folder = Path(summary["output"])
-    rows = folder / "metrics.jsonl"
-    lines = rows.read_text(encoding="utf-8").splitlines() if is_first() or rows.exists() else []
     return Result(
         folder=folder,
         checkpoint=folder / "model.safetensors",
@@ -215,9 +221,25 @@ def _watch(begin: Callable[[Events], dict[str, Any]], progress: bool) -> Result:
         train_accuracy=summary["train_accuracy"],
         epochs=summary["epochs"],
         seconds=summary["seconds"]["total"],
-        metrics=[json.loads(line) for line in lines],
+        metrics=_rows(folder, summary),
         summary=summary,
     )
+
+
+def _rows(folder: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl.
+
+    Only the first process writes the folder. On another machine the same path may lead nowhere, or to another run.
+    """
+    if not is_first():
+        try:
+            there = read_json(folder / "summary.json")
+            if any(there.get(name) != summary.get(name) for name in SAME):
+                return []
+        except (OSError, ValueError, AttributeError):
+            return []
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _path(value: str | Path | None) -> Path | None:

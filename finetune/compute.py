@@ -25,7 +25,7 @@ from finetune.memory import StepMemory, gpu_room, step_memory
 from finetune.models import Prepared
 from finetune.placement import MEMORIES, MEMORY_SHARE, Placement, memory_for, place, size
 from finetune.plan import Plan
-from finetune.precision import DTYPES, Choice, choose, compile_module, largest_that_runs, remembered
+from finetune.precision import DTYPES, Choice, choose, compile_module, frozen_part_named, largest_that_runs, remembered
 from finetune.prefix import PreparedPrefix, prepare_prefix
 from finetune.ranks import Ranks
 from finetune.recipe import Recipe, parse_bytes
@@ -115,7 +115,7 @@ def decide(
         ranks: of this process; what is chosen is the first one's choice in all of them.
 
     Raises:
-        UsageError: features do not fit where they were asked to be.
+        UsageError: something does not fit where it has to be.
     """
     pick = _picker(recipe, prepared, device, events, choices, ranks)
     _require_batches(recipe, len(data.train), prepared)
@@ -132,7 +132,7 @@ def decide(
     pick_training = _picker(only, prepared, device, events, choices, ranks)
     training = _choose_training(recipe, data.train, prepared, cut, prefix, device, windows, pick_training, ranks)
     memory = memories[training.precision]
-    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data.train, views)
+    left, room = memory.left(batch), _room(recipe, memory, batch, device, prefix, data, views, ranks)
     placement, missing, on_disk = _place(recipe, data, views, prefix, left, held, room, ranks)
     if not held:
         memory.require_beside(placement, batch)
@@ -156,8 +156,7 @@ def _prepare_prefix(
     """Return the frozen part, ready for `rows` images in all; None where there is none."""
     if cut.prefix is None:
         return None
-    step = prefix_batch(device)
-    few = train.images[:step]
+    few = train.images[: (step := prefix_batch(device))]
     return prepare_prefix(cut, prepared.preprocessing, few, device, lambda build: pick("prefix", build, step, rows))
 
 
@@ -167,16 +166,19 @@ def _room(
     batch: int,
     device: torch.device,
     prefix: PreparedPrefix | None,
-    train: ImageSet,
+    data: DataSplits,
     views: Views,
+    ranks: Ranks,
 ) -> int | None:
     """Return the bytes of a GPU's own memory for features or images; None where there is none."""
     runs: list[tuple[Callable[[], object], int]] = []
+    largest = -(-max(len(split or ()) for split in (data.train, data.val, data.test)) // ranks.size)
     last = views.count - 1  # the first view may be the image as it is, which takes nothing to make
     for made in (prefix.prefix, prefix.for_test.prefix) if prefix else ():
-        work = partial(compute_rows, made, train, views, last, 0, min(made.batch, len(train)))
-        runs.append((work, gathered_bytes(made)))
-    room = gpu_room(memory, batch, device, runs)
+        work = partial(compute_rows, made, data.train, views, last, 0, min(made.batch, len(data.train)))
+        runs.append((work, gathered_bytes(made, largest)))
+    with frozen_part_named(prefix.prefix.batch if prefix else None, device):
+        room = gpu_room(memory, batch, device, runs)
     return min(room, memory_budget(recipe)) if room is not None and recipe.memory_budget else room
 
 
@@ -300,13 +302,12 @@ def _choose_training(
     def build(precision: str, compiled: bool, images: int = batch) -> Callable[[], None]:
         if not few:
             pixels = train.images[:PREFIX_BATCH].to(device)
-            few.append(prefix.prefix(pixels) if prefix else (prepared.preprocessing(pixels),))
-        chosen = rows[:images].to(device)
-        inputs = tuple(value[chosen] for value in few[0])
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            with frozen_part_named(prefix.prefix.batch if prefix else None, device):
+                few.append(prefix.prefix(pixels) if prefix else (prepared.preprocessing(pixels),))
+        inputs = tuple(value[rows[:images].to(device)] for value in few[0])
         forward = compile_module(suffix) if compiled else None
         plain = replace(recipe, ema=0.0, lr=1e-6, skip_easy=0.0)
-        trainer = Trainer(suffix, prepared.fresh, plain, 10**9, dtype, device, forward)
+        trainer = Trainer(suffix, prepared.fresh, plain, 10**9, DTYPES[precision], device, forward)
         labels = train.labels[rows[:images]].to(device)
         suffix.train()
 
@@ -394,6 +395,5 @@ def quicker_than_disk(prefix: PreparedPrefix | None) -> bool:
 
 def memory_budget(recipe: Recipe) -> int:
     """Return the most bytes of memory that features may take."""
-    if recipe.memory_budget:
-        return parse_bytes(recipe.memory_budget, "--memory-budget")
-    return int(MEMORY_SHARE * free_memory())
+    asked = recipe.memory_budget
+    return parse_bytes(asked, "--memory-budget") if asked else int(MEMORY_SHARE * free_memory())

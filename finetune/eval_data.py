@@ -111,14 +111,16 @@ def _learned(
     """Return what the model was trained on, to look for repeated images in, and what there is to say about it.
 
     That is the training split of its own run's data, whatever data it is evaluated on. A checkpoint without a run is
-    taken to be trained on what the data at hand give for training.
+    taken to be trained on what the data at hand give for training. Images of a run's other data are not kept: their
+    digests will do.
     """
     if _is_of_the_run(trained, splits) or (trained.summary() is None and splits.test is not None):
         return splits.train, ()
     try:
         own, data_dir = _own_data(trained, None)
         labels = (trained.recipe or Recipe()).labels
-        splits_of_run = make_splits(read(own, data_dir=data_dir, labels=labels, download=False), val_fraction=0.0)
+        raw = read(own, data_dir=data_dir, labels=labels, image_memory=0, download=False)
+        splits_of_run = make_splits(raw, val_fraction=0.0)
         if _is_of_the_run(trained, splits_of_run):
             return splits_of_run.train, ()
         reason = "the data of its run have changed"

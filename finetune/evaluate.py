@@ -33,12 +33,15 @@ from finetune.metrics import (
     top_5_accuracy,
 )
 from finetune.models import head_names
-from finetune.precision import DTYPES, Choice
+from finetune.precision import DTYPES, Choice, frozen_part_named
 from finetune.prefix import prepare_prefix
 from finetune.recipe import Recipe
 from finetune.sources import Live
 from finetune.trained import Trained
 from weights.errors import UsageError
+
+BATCH_ADVICE = "give a smaller --batch-size, or --device cpu"
+FROZEN_ADVICE = "end other programs that use it, or give --device cpu"
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,24 @@ def evaluate(
 
 
 def logits_of(
-    trained: Trained, images: ImageSet, device: torch.device, dtype: torch.dtype, batch: int, events: Events
+    trained: Trained,
+    images: ImageSet,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    events: Events,
+    advice: str | None = None,
 ) -> torch.Tensor:
     """Return logits float32 (N, C) the way a run computes those of its test split.
+
+    Args:
+        trained: the model.
+        images: the split.
+        device: where it runs.
+        dtype: of the frozen part, and torch.bfloat16 for the rest under autocast.
+        batch: images at a time; a frozen part takes as many as it always does.
+        events: told of progress.
+        advice: what to do where memory is too small; None names options of `finetune eval`.
 
     Raises:
         UsageError: the device's memory is too small.
@@ -195,18 +213,15 @@ def logits_of(
         cut = cut_model(model, selection, trained.preprocessing(sample[torch.arange(2) % len(sample)]))
         module = cut.suffix
         if cut.prefix is not None:
-            prefix = prepare_prefix(cut, trained.preprocessing, sample, device, _asked(dtype))
-    source = _Counted(
-        Live(images, Views("none", 1), trained.preprocessing, prefix, device, dtype),
-        len(images),
-        events.progress,
-    )
+            with frozen_part_named(prefix_batch(device), device, advice or FROZEN_ADVICE):
+                prefix = prepare_prefix(cut, trained.preprocessing, sample, device, _asked(dtype))
+    live = Live(images, Views("none", 1), trained.preprocessing, prefix, device, dtype)
+    source = _Counted(live, len(images), events.progress, advice or FROZEN_ADVICE)
     try:
         return predict(settle(module, device), source, torch.arange(len(images)), device, dtype, batch=batch)
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"Batches of {batch} images need more memory than {device} has; give a smaller --batch-size, or --device "
-            "cpu."
+            f"Batches of {batch} images need more memory than {device} has; {advice or BATCH_ADVICE}."
         ) from error
 
 
@@ -217,14 +232,17 @@ def _asked(dtype: torch.dtype) -> Callable[[Any], Choice]:
 
 
 class _Counted:
-    """A source that tells how far it has come."""
+    """A source that tells how far it has come, and when its frozen part does not fit, whatever the batch."""
 
-    def __init__(self, source: Live, total: int, progress: Callable[[str, int, int], None]) -> None:
-        self.source, self.total, self.progress, self.done = source, total, progress, 0
+    def __init__(self, source: Live, total: int, progress: Callable[[str, int, int], None], advice: str) -> None:
+        self.source, self.total, self.progress, self.done, self.advice = source, total, progress, 0, advice
         self.on_device = lies_on_device(source)
 
     def take(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        batch = self.source.take(rows, views)
+        fixed = None if self.source.prefix is None else self.source.prefix.prefix.batch
+        smaller_helps = fixed is not None and len(rows) > fixed
+        with frozen_part_named(None if smaller_helps else fixed, self.source.device, self.advice):
+            batch = self.source.take(rows, views)
         self.done += len(rows)
         self.progress("evaluating", self.done, self.total)
         return batch

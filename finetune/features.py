@@ -180,12 +180,17 @@ def compute_view(
                 values = compute_rows(prefix, data, views, view, start, stop)
                 if entry:
                     entry.write_chunk(number, [value.cpu() for value in values])
-            for target, value in zip(into, values, strict=bool(into)):
-                target[start:stop] = value
+            _keep(into, values, start, stop)
             report(stop - start)
     if entry:
         entry.finish()
     return entry.mapped() if entry and not into else list(into)
+
+
+def _keep(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: int, stop: int) -> None:
+    """Copy a chunk's rows into memory, if any is given; no name for one of them outlives it on the device."""
+    for target, value in zip(into, values, strict=bool(into)):
+        target[start:stop] = value
 
 
 def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start: int, stop: int) -> list[torch.Tensor]:
@@ -203,9 +208,15 @@ def compute_rows(prefix: Prefix, data: ImageSet, views: Views, view: int, start:
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def gathered_bytes(prefix: Prefix) -> int:
-    """Return the most bytes of features that gather on the device before they are kept: a chunk, on disk or not."""
-    return max(CHUNK_BYTES, BLOCK * prefix.batch * sum(row.bytes for row in prefix.rows))
+def gathered_bytes(prefix: Prefix, images: int) -> int:
+    """Return the most bytes of features that gather on the device before they are kept: a chunk, on disk or not.
+
+    Args:
+        prefix: what computes.
+        images: of the largest split.
+    """
+    row_bytes = sum(row.bytes for row in prefix.rows)
+    return min(images * row_bytes, max(CHUNK_BYTES, BLOCK * prefix.batch * row_bytes))
 
 
 class Progressing:

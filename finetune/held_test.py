@@ -40,6 +40,7 @@ def read_test(folder: Path, images: ImageSet, events: Events) -> dict[str, Any]:
 
     Raises:
         RunError: the folder holds no finished run, or cannot be written.
+        UsageError: the device's memory is too small.
         WeightsError: its model is damaged.
     """
     directory, recipe = open_run_directory(folder)
@@ -50,7 +51,8 @@ def read_test(folder: Path, images: ImageSet, events: Events) -> dict[str, Any]:
         trained = load_trained(folder)
         batch = evaluation_batch(trained.recipe or Recipe())
         device = pick_device(recipe.device)
-        logits = logits_of(trained, images, device, torch.float32, batch, events)
+        advice = f"end other programs that use it, and go on with finetune sweep --resume {folder.parent}"
+        logits = logits_of(trained, images, device, torch.float32, batch, events, advice)
         figures = test_figures(logits, images.labels, trained.temperature.value)
         errors = {
             "test_error": figures.pop("calibration_error"),

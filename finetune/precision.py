@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ COMPILE_GAIN = 0.06
 COMPILE_SECONDS = 30.0
 
 QUEUED_STEPS = 8  # in one timing on a GPU: enough that waiting for the last of them counts little
+
+FROZEN_ADVICE = "end other programs that use it, or give a smaller --image-size or --device cpu"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -156,16 +159,39 @@ def choose(
 def _too_large(images: int, batch: int | None, device: torch.device, fits: int | None) -> UsageError:
     """Return the error for steps that do not fit; `fits` is a share that does, as `images` is one of `batch`."""
     if batch is None:
-        return UsageError(
-            f"The frozen part takes {images} images at a time, which need more memory than {device} has; give a "
-            "smaller --image-size, or --device cpu."
-        )
+        return _frozen_too_large(images, device, FROZEN_ADVICE)
     whole = 0 if fits is None else fits * -(-batch // images)
     advice = f"--batch-size {whole}, which was tried and fits," if whole else "a smaller --batch-size"
     return UsageError(
         f"A step of {batch} images needs more memory than {device} has; give {advice} or a smaller --image-size, or "
         "train fewer layers."
     )
+
+
+def _frozen_too_large(images: int, device: torch.device, advice: str) -> UsageError:
+    return UsageError(
+        f"The frozen part takes {images} images at a time, which need more memory than {device} has; {advice}."
+    )
+
+
+@contextmanager
+def frozen_part_named(images: int | None, device: torch.device, advice: str = FROZEN_ADVICE) -> Iterator[None]:
+    """Say that the frozen part does not fit, where it runs by itself: how many images it takes nobody chooses.
+
+    Args:
+        images: that it takes at a time; None where there is none, or where something else may be at fault.
+        device: where it runs.
+        advice: what to do about it.
+
+    Raises:
+        UsageError: memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if images is None:
+            raise
+        raise _frozen_too_large(images, device, advice) from error
 
 
 def largest_that_runs(build: Callable[[int], Callable[[], None]], images: int) -> int | None:

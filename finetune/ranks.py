@@ -50,6 +50,7 @@ class Ranks:
         advice: how a user goes on when another process is lost.
         store: what every process can read and write; None when alone.
         patient: the group that waits at length; None when alone.
+        pending: what it waits for now; None where it does not.
     """
 
     rank: int = 0
@@ -59,6 +60,7 @@ class Ranks:
     advice: str = "start the run again"
     store: Store | None = None
     patient: ProcessGroup | None = None
+    pending: Any = None
     _looked: float = 0.0
 
     @property
@@ -153,12 +155,13 @@ class Ranks:
         """
         if self.alone:
             return
-        work = distributed.all_reduce(torch.zeros(1), group=self.patient, async_op=True)
+        self.pending = work = distributed.all_reduce(torch.zeros(1), group=self.patient, async_op=True)
         while work is not None and not work.is_completed():
             check()
             time.sleep(POLL)
         if work is not None:
             work.wait()
+        self.pending = None
 
     def check(self) -> None:
         """Look now and then whether another process has ended with an error, where none is waited for.

@@ -26,6 +26,8 @@ from weights.errors import FinetuneError, RunError, StoppedError, UsageError
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")  # in PyTorch's words for a lost one
 
 _runs = itertools.count()  # of this process: each has keys of its own in the store
+_stuck: list[Any] = []  # default groups that this process could not leave
+_waiting: list[Any] = []  # groups that it left while it waited in them
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def joined() -> Iterator[Ranks]:
     """Join the other processes of a run where torchrun started several, and leave them at its end.
 
     Raises:
-        RunError: another process ended or cannot be reached.
+        RunError: another process ended or cannot be reached, or an earlier run's group could not be left.
         UsageError: this build of PyTorch cannot do it, or this process has a process group already.
     """
     if not launched():
@@ -52,10 +54,25 @@ def joined() -> Iterator[Ranks]:
 
 
 def _part(ranks: Ranks) -> None:
-    """Leave the groups, so that another run of this process can make its own."""
-    ranks.store = ranks.patient = None
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    """Leave the groups, so that another run of this process can make its own.
+
+    gloo takes a group apart when nothing refers to it any more, and first waits for what is under way in it. While
+    another process computes features that may be long, so such a group is kept; the others look into the store.
+    """
+    if ranks.pending is not None and not ranks.pending.is_completed():
+        _waiting.append(ranks.patient)
+    ranks.store = ranks.patient = ranks.pending = None
+    _leave_groups()
+
+
+def _leave_groups() -> None:
+    """Leave PyTorch's groups. Where that fails this run has ended all the same, and the next one will be told."""
+    everyone = distributed.group.WORLD
+    if everyone is not None:
+        try:
+            distributed.destroy_process_group()
+        except RuntimeError:
+            _stuck.append(everyone)
 
 
 def _part_after(ranks: Ranks, error: BaseException) -> None:
@@ -69,8 +86,7 @@ def _part_after(ranks: Ranks, error: BaseException) -> None:
         with suppress(RuntimeError):
             everyone.abort()  # nccl's part: leaving it would wait for what the others no longer do
     del everyone
-    with suppress(RuntimeError):  # what is to be raised is the error
-        _part(ranks)
+    _part(ranks)
     seen: list[BaseException] = []
     left: list[BaseException | None] = [error]
     while left:
@@ -89,6 +105,8 @@ def _join() -> Ranks:
             "part; start one process without torchrun, or install a build that has it."
         )
     if distributed.is_initialized():
+        if any(group is distributed.group.WORLD for group in _stuck):
+            raise RunError("An earlier run of this process could not leave its process group; start a new process.")
         raise UsageError(
             "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run "
             "under torchrun makes its own; call torch.distributed.destroy_process_group() before it."
@@ -111,8 +129,7 @@ def _join() -> Ranks:
         )
         patient: Any = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     except RuntimeError as error:
-        if distributed.is_initialized():  # for the next run of this process
-            distributed.destroy_process_group()
+        _leave_groups()  # for the next run of this process
         raise RunError(
             f"The {size} processes of this run do not reach each other ({_first_line(error)}); check the address that "
             "torchrun was given, and whether each machine can open connections to the others."

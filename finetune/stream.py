@@ -100,9 +100,15 @@ class Decoder:
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # for good: threads read on between calls, and said it once
 
-    def make_room(self, batch: int) -> None:
-        """Let three batches of so many images be held, whatever the memory."""
-        self.limit = max(self.limit, BATCHES * batch)
+    def make_room(self, batch: int, advice: str) -> None:
+        """Let three batches of so many images be held, whatever the memory may be that decoded images may take.
+
+        Raises:
+            DataError: they do not fit in what is free; it ends with the advice.
+        """
+        if BATCHES * batch > self.limit:
+            _require_room(min(len(self.files), BATCHES * batch), self.side, free_memory(), advice)
+            self.limit = BATCHES * batch
 
     def learn(self, place: int, image: NDArray[np.uint8]) -> None:
         """Take the digests of an image that was decoded, uint8 (3, S, S); called by any thread."""
@@ -210,8 +216,12 @@ class Streamed:
         return self.decoder.take(asked)
 
     def expect(self, *groups: torch.Tensor) -> None:
-        """Begin to decode the int64 (B,) rows that will be asked for, batch after batch."""
-        self.decoder.make_room(max(map(len, groups), default=0))
+        """Begin to decode the int64 (B,) rows that will be asked for, batch after batch.
+
+        Raises:
+            DataError: as of `make_room`.
+        """
+        self.decoder.make_room(max(map(len, groups), default=0), "a smaller --image-size or --batch-size")
         self.decoder.expect(*(self.places[rows.cpu().numpy()].tolist() for rows in groups))
 
     def part(self, rows: NDArray[np.int64]) -> Streamed:
@@ -219,8 +229,12 @@ class Streamed:
         return Streamed(self.decoder, self.places[rows])
 
     def block(self, batch: int) -> int:
-        """Return how many images to ask for at a time: whole batches, three times of which keep to the limit."""
-        self.decoder.make_room(batch)
+        """Return how many images to ask for at a time: whole batches, three times of which keep to the limit.
+
+        Raises:
+            DataError: as of `make_room`.
+        """
+        self.decoder.make_room(batch, "a smaller --image-size, or --device cpu")
         return batch * min(BLOCK, self.decoder.limit // (BATCHES * batch))
 
     @property
@@ -262,7 +276,7 @@ def load_splits(
 
     def receiver(side: int, resize: bool) -> Receiver:
         made.clear()  # what images of another size have ended
-        _require_room(min(len(files), LEAST), side, free)
+        _require_room(min(len(files), LEAST), side, free, "a smaller --image-size")
         if COPIES * len(files) * 3 * side * side <= room:
             pixels = np.empty((len(files), 3, side, side), np.uint8)
             made.append(torch.from_numpy(pixels))
@@ -285,8 +299,14 @@ def load_splits(
     return sets
 
 
-def _require_room(count: int, side: int, free: int) -> None:
+def _require_room(count: int, side: int, free: int, advice: str) -> None:
     """Refuse images so large that the fewest which are held at a time do not fit in memory.
+
+    Args:
+        count: how many these are.
+        side: of each.
+        free: bytes of memory.
+        advice: what to give to need less.
 
     Raises:
         DataError: with what they need.
@@ -295,7 +315,7 @@ def _require_room(count: int, side: int, free: int) -> None:
     if needed > HEADROOM * free:
         raise DataError(
             f"{count:,} images of {side} x {side} pixels, the fewest that are held at a time, need "
-            f"{needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; give a smaller --image-size."
+            f"{needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; give {advice}."
         )
 
 

@@ -178,7 +178,7 @@ def expected_type(name: str, hint: Any) -> Any:
 
 
 def test_a_process_that_does_not_see_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of several, on another machine than the first one."""
+    """One of several, on another machine than the first one, where another run may lie at the same path."""
     figures = dict.fromkeys(("test_accuracy", "test_loss", "val_accuracy", "train_accuracy", "epochs"), 1)
     summary = {**figures, "seconds": {"total": 1.0}, "output": str(tmp_path / "there")}
     monkeypatch.setattr(pipeline, "resume", lambda folder, events: summary)
@@ -186,6 +186,11 @@ def test_a_process_that_does_not_see_the_run_directory(tmp_path: Path, monkeypat
         monkeypatch.setenv(name, value)
     result = finetune.resume(tmp_path / "there")
     assert (result.folder, result.metrics, result.test_accuracy) == (tmp_path / "there", [], 1)
+    result.folder.mkdir()
+    (result.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    for test_loss, rows in ((2, []), (1, [{"epoch": 1}])):
+        (result.folder / "summary.json").write_text(json.dumps({**figures, "test_loss": test_loss, "seconds": {}}))
+        assert finetune.resume(tmp_path / "there").metrics == rows, "times are each process's own"
 
 
 def test_the_keywords_are_the_recipes() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from make_run import cifar_recipe, metrics, model_bytes
 
-from finetune import compute, memory, outcome
+from finetune import compute, features, memory, outcome
 from finetune.events import Events
 from finetune.fit import Trainer
 from finetune.memory import StepMemory
@@ -253,6 +253,23 @@ def test_a_number_format_that_does_not_fit_is_not_tried(
     chosen = run(own, tmp_path / "run")["computed"]["training"]
     assert chosen["precision"] == "bf16"
     assert "fp32" not in chosen["reason"], "it was not even timed"
+
+
+def test_a_frozen_part_that_does_not_fit(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its number format is remembered it runs first when training is timed, or when room is looked for."""
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    own = dataclasses.replace(recipe, cache_dir=tmp_path / "cache")
+    for place, name in ((features.Prefix, "__call__"), (compute, "gpu_room")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            assert words_of(UsageError, own, tmp_path / "run") == (
+                "The frozen part takes 64 images at a time, which need more memory than cpu has; end other programs "
+                "that use it, or give a smaller --image-size or --device cpu."
+            )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_device_whose_memory_runs_out(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,15 @@ from typer.testing import CliRunner
 from cli.main import app
 from finetune import evaluate as evaluating
 from finetune.data import load_data
+from finetune.eval_data import choose_images
 from finetune.evaluate import Evaluation, evaluate
 from finetune.events import Events
+from finetune.features import Prefix
+from finetune.held_test import read_test
 from finetune.metrics import top_k_accuracy
 from finetune.pipeline import run
 from finetune.recipe import Recipe
+from finetune.stream import Streamed
 from finetune.trained import load_trained
 from weights.errors import DataError, UsageError
 
@@ -166,6 +170,10 @@ def test_images_that_the_run_learned_from_are_known_in_other_data(place: Place, 
     result = of(place, str(pile))
     assert result.repeated is not None
     assert result.repeated.tolist() == [True, True]
+    chosen = choose_images(
+        load_trained(place.folder), str(pile), data_dir=None, labels=None, split="test", events=Events()
+    )
+    assert isinstance(chosen.learned and chosen.learned.images, Streamed), "no second data set is kept in memory"
     notes: list[str] = []
     moved = tmp_path / "moved"
     shutil.copytree(place.folder, moved)
@@ -213,15 +221,31 @@ def test_other_classes_are_named(place: Place, tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frozen part always takes as many images, so there a smaller batch is no help."""
+
     def full(*arguments: Any, **settings: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluating, "predict", full)
+    def said(place_of_error: object, name: str, batch: int) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(place_of_error, name, full)
+            with pytest.raises(UsageError) as error:
+                of(place, split="train", batch_size=batch)
+        return str(error.value)
+
+    whole = "images need more memory than cpu has; give a smaller --batch-size, or --device cpu."
+    frozen = "The frozen part takes 64 images at a time, which need more memory than cpu has; end other programs that "
+    assert said(evaluating, "predict", 12) == f"Batches of 12 {whole}"
+    assert said(Prefix, "__call__", 65) == f"Batches of 65 {whole}"
+    assert said(Prefix, "__call__", 64) == f"{frozen}use it, or give --device cpu."
+    assert said(evaluating, "prepare_prefix", 12) == f"{frozen}use it, or give --device cpu."
+    images = of(place).images
+    monkeypatch.setattr(Prefix, "__call__", full)
+    before = (place.folder / "summary.json").read_bytes()
     with pytest.raises(UsageError) as error:
-        of(place, batch_size=12)
-    assert str(error.value) == (
-        "Batches of 12 images need more memory than cpu has; give a smaller --batch-size, or --device cpu."
-    )
+        read_test(place.folder, images, Events())
+    assert str(error.value) == f"{frozen}use it, and go on with finetune sweep --resume {place.folder.parent}."
+    assert (place.folder / "summary.json").read_bytes() == before
 
 
 def test_options_that_cannot_be_right(place: Place, tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from torch import nn
 from finetune import cache, compute, features, memory
 from finetune.augment import Views
 from finetune.features import gathered_bytes
+from finetune.images import DataSplits
 from finetune.memory import GPU_SHARE, StepMemory, exhaustion_explained, gpu_room, step_memory
 from finetune.placement import Placement
 from finetune.precision import largest_that_runs
+from finetune.ranks import Ranks
 from finetune.recipe import Recipe
 from weights.errors import TrainingError, UsageError
 
@@ -103,14 +105,17 @@ def test_what_is_held_while_features_are_computed_is_what_is_counted(
 ) -> None:
     counted, seen, gathered = Counted(TWO_TENSORS), list[int](), list[int]()
     made, (apply, compute_rows) = counted.prepared(), (Views.apply, features.compute_rows)
+    before: list[weakref.ref[torch.Tensor]] = []
 
     def noted_views(self: Views, images: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
         seen.append(len(images))
         return apply(self, images, *where)
 
     def noted_rows(*arguments: Any) -> list[torch.Tensor]:
+        assert not any(value() is not None for value in before), "the chunk before is let go of"
         values = compute_rows(*arguments)
         gathered.append(sum(value.nbytes for value in values))
+        before[:] = map(weakref.ref, values)
         return values
 
     monkeypatch.setattr(Views, "apply", noted_views)
@@ -119,18 +124,20 @@ def test_what_is_held_while_features_are_computed_is_what_is_counted(
         monkeypatch.setattr(module, "CHUNK_BYTES", 20 * sum(row.bytes for row in TWO_TENSORS))
     for on_disk in (False, True):
         builder(tmp_path, made, on_disk=on_disk).features(image_set(50), NONE, "train")
-        assert max(gathered) <= gathered_bytes(made.prefix), on_disk
-    assert max(gathered) == gathered_bytes(made.prefix)
+        assert max(gathered) <= gathered_bytes(made.prefix, 50), on_disk
+    assert max(gathered) == gathered_bytes(made.prefix, 50)
     assert max(seen) == made.prefix.batch == 2
 
     asked: list[tuple[Callable[[], object], int]] = []
     monkeypatch.setattr(compute, "gpu_room", lambda step, batch, device, runs: asked.extend(runs))
-    compute._room(Recipe(), StepMemory(0, 0, 0, shared=False), 4, CPU, made, image_set(50), Views("flip", 2))
-    before = counted.images
+    data = DataSplits("photos", image_set(12), None, image_set(16), "", None, ())
+    memories = StepMemory(0, 0, 0, shared=False)
+    compute._room(Recipe(), memories, 4, CPU, made, data, Views("flip", 2), Ranks(1, 3))
+    images = counted.images
     for run, size in asked:
         run()
-        assert size == gathered_bytes(made.prefix)
-    assert counted.images == before + 2 * made.prefix.batch, "a batch in each of both formats"
+        assert size == gathered_bytes(made.prefix, 6) == 6 * sum(row.bytes for row in TWO_TENSORS), "a third of 16"
+    assert counted.images == images + 2 * made.prefix.batch, "a batch in each of both formats"
 
 
 def test_the_batch_size_that_is_named_is_half_or_less() -> None:

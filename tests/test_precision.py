@@ -104,8 +104,8 @@ def test_a_format_that_does_not_fit_in_memory_is_not_taken() -> None:
     shared = said(batch=255, fits={"bf16": 16}.get)  # among four processes, each with 64 of them at most
     assert shared == f"A step of 255 {many} --batch-size 64, {tried} {rest}"
     assert said() == (
-        "The frozen part takes 64 images at a time, which need more memory than cpu has; give a smaller --image-size, "
-        "or --device cpu."
+        "The frozen part takes 64 images at a time, which need more memory than cpu has; end other programs that use "
+        "it, or give a smaller --image-size or --device cpu."
     )
 
 

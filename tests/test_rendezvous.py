@@ -16,9 +16,10 @@ from make_process import ROOT, as_rank, finish, start
 from torch import distributed, nn
 from torch.distributed import HashStore, TCPStore
 
+from finetune import rendezvous
 from finetune.ranks import Ranks
 from finetune.rendezvous import joined
-from weights.errors import DataError, FinetuneError, UsageError
+from weights.errors import DataError, FinetuneError, RunError, StoppedError, UsageError
 
 WAITS: tuple[Callable[[Ranks], object], ...] = (lambda ranks: ranks.sum(torch.ones(1)), Ranks.wait)
 """What the first process waits in when the second one ends: in a group of its own each."""
@@ -33,9 +34,33 @@ def train(ranks: Ranks, wait: Callable[[Ranks], object]) -> None:
     wait(ranks)
 
 
+def stop_first(ranks: Ranks, left: Path) -> None:
+    """Stop the first process while it waits for the second one, which is busy until the first one has left."""
+
+    def stop() -> None:
+        raise StoppedError("Stopped.")
+
+    if ranks.first:
+        ranks.wait(stop)
+    until = time.monotonic() + 60  # looked at only where the first process does not leave
+    while not left.exists():
+        if time.monotonic() > until:
+            sys.exit("The first process has not left.")
+        time.sleep(0.01)
+    ranks.check()
+
+
 def part_and_meet() -> None:
-    """Fail twice and keep the errors, as a caller may, and do it right the third time."""
-    kept = []
+    """Fail three times and keep the errors, as a caller may, and do it right the fourth time."""
+    kept: list[FinetuneError] = []
+    left = Path("../left")
+    try:
+        with joined() as ranks:
+            stop_first(ranks, left)
+    except FinetuneError as error:
+        left.touch()
+        kept.append(error)
+        print(error)
     for number, wait in enumerate(WAITS):
         heard = Path(f"../heard-{number}")
         try:
@@ -66,8 +91,8 @@ def test_a_process_whose_error_is_kept_has_left_and_the_next_run_has_both(tmp_pa
     told = [(folder / "out.txt").read_text().splitlines() for folder in folders]
     assert codes == [0, 0], [(folder / "err.txt").read_text() for folder in folders]
     assert told == [
-        ["Process 1 of this run ended: photos is damaged."] * 2 + ["2 together after 2 errors"],
-        ["photos is damaged."] * 2 + ["2 together after 2 errors"],
+        ["Stopped.", *["Process 1 of this run ended: photos is damaged."] * 2, "2 together after 3 errors"],
+        ["Process 0 of this run ended: Stopped.", *["photos is damaged."] * 2, "2 together after 3 errors"],
     ]
 
 
@@ -89,6 +114,25 @@ def test_a_process_that_is_in_a_group_already() -> None:
     assert str(error.value) == (
         "This process has a process group of PyTorch already (torch.distributed.init_process_group), and a run under "
         "torchrun makes its own; call torch.distributed.destroy_process_group() before it."
+    )
+
+
+@pytest.mark.usefixtures("_launched")
+def test_a_group_that_an_earlier_run_could_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("ncclCommAbort failed")
+
+    destroy = distributed.destroy_process_group
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "destroy_process_group", fail)
+        rendezvous._part(Ranks(0, 2))
+        with pytest.raises(RunError) as error, joined():
+            pass
+    finally:
+        destroy()
+    assert str(error.value) == (
+        "An earlier run of this process could not leave its process group; start a new process."
     )
 
 

@@ -146,6 +146,21 @@ def test_three_batches_of_a_gpu_are_held_whatever_the_memory(root: Path) -> None
     assert LEAST < train.decoder.most <= train.decoder.limit == 3 * large
 
 
+def test_batches_that_do_not_fit_in_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = loaded(root, 1).images
+    assert isinstance(train, Streamed)
+    monkeypatch.setattr(stream, "free_memory", lambda: 500 * 3 * 32 * 32)
+    train.expect(torch.arange(150))
+    fewest = "images of 32 x 32 pixels, the fewest that are held at a time, need 0.0 GiB of memory and 0.0 GiB are free"
+    with pytest.raises(DataError) as error:
+        train.expect(torch.arange(150), torch.arange(160))
+    assert str(error.value) == f"480 {fewest}; give a smaller --image-size or --batch-size."
+    with pytest.raises(DataError) as error:
+        train.block(prefix_batch(torch.device("cuda")))
+    assert str(error.value) == f"600 {fewest}; give a smaller --image-size, or --device cpu."
+    assert train.decoder.limit == 450, "what fits"
+
+
 def test_batches_that_were_announced_are_decoded_ahead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = loaded(root, 1)
     now, coming = torch.arange(0, 40), torch.arange(300, 340)
