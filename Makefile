@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 SUPPLY_STAMP := $(VENV)/.installed-supply
+WORKERS ?= 2
 KILLS ?= 100
 SOAK_SECONDS ?= 1200
 
@@ -13,11 +14,15 @@ SOAK_SECONDS ?= 1200
 demo: $(STAMP)
 	$(BIN)/finetune demo
 
+# A process for each of two cores, with one thread: nearly every test is of one thread, and threads of two processes
+# that share a core wait for each other. A file's tests stay together, since they share what they prepare.
+IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(IN_PARALLEL) -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(IN_PARALLEL)
 
 # `make test` kills a run at four moments; this kills runs, sweeps and exports at a hundred, and goes on where it was.
 kill-test: $(STAMP)
