@@ -119,8 +119,7 @@ def summarise(
         "frozen_tensors": len(prepared.selection.frozen),
         "weights": {"source": prepared.source, "sha256": prepared.sha256},
         "data": _data_facts(data),
-        # Of what trained: a frozen part that only gave features stays on the CPU.
-        "device": next(value for value in prepared.model.parameters() if value.requires_grad).device.type,
+        "device": _trained_device(prepared.model),
         "processes": processes,
         "precision": "fp32" if formats == {"fp32"} else "bf16",
         "compile": bool(computing.training.compiled or (prefix and prefix.compiled)),
@@ -133,6 +132,11 @@ def summarise(
         "windows": {"map": windows.side, "sides": list(windows.sides)} if windows else None,
         "versions": _versions(),
     }
+
+
+def _trained_device(model: nn.Module) -> str:
+    """Return the kind of device of what trained: a frozen part that only gave features stays on the CPU."""
+    return next(value for value in model.parameters() if value.requires_grad).device.type
 
 
 def _budget_facts(recipe: Recipe, progress: Mapping[str, Any], images: int) -> dict[str, Any]:
