@@ -25,6 +25,7 @@ OTHER_TOOLS |= {  # of torchrun
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--rdzv-backend", "--no-python",
     "--max-restarts",
 }  # fmt: skip
+OTHER_TOOLS |= {"--hard-dereference", "--dereference", "--sparse"}  # of GNU tar
 PLACEHOLDERS = r"\b(TODO|FIXME|XXX|TBD|lorem ipsum|coming soon)\b"
 FILLERS = (
     r"\b(simply|easily|seamless(ly)?|leverag(e|es|ing)|blazing(ly)?|powerful|cutting[- ]edge|state[- ]of[- ]the)\b"

@@ -96,7 +96,7 @@ def test_only_plain_members_are_read(tmp_path: Path) -> None:
             "is no tar file, or damaged at its start (more than 100 records of one header hold for all members)",
         ),
         (
-            pax(**{"GNU.sparse.realsize": "600"}) + header("0.png", 512) + bytes(512),
+            pax(**{"GNU.sparse.realsize": "600"}) + header("0.png", 512) + bytes(512) + header("1.png"),
             "is no tar file, or damaged at its start (0.png claims 600 bytes, which do not follow)",
         ),
     ],

