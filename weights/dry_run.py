@@ -132,6 +132,8 @@ class BoundedUnpickler(pickle._Unpickler):
 
 Load = Callable[[Any], None]
 
+_reduce, _fill = (BoundedUnpickler.dispatch[_code[0]] for _code in (pickle.REDUCE, pickle.BUILD))
+
 
 def _with_light_keys(load: Load, keys: Callable[[list[Any]], Sequence[Any]]) -> Load:
     def load_light(unpickler: BoundedUnpickler) -> None:
@@ -144,12 +146,12 @@ def _with_light_keys(load: Load, keys: Callable[[list[Any]], Sequence[Any]]) -> 
 
 def _call(unpickler: BoundedUnpickler) -> None:
     unpickler.look_at_call(unpickler.stack[-2], unpickler.stack[-1])
-    pickle._Unpickler.dispatch[pickle.REDUCE[0]](unpickler)
+    _reduce(unpickler)
 
 
 def _build(unpickler: BoundedUnpickler) -> None:
     unpickler.count_copy(unpickler.stack[-1])
-    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
+    _fill(unpickler)
 
 
 def _refuse(_: BoundedUnpickler) -> None:
