@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.images import ImageSet, RawData, first_few
+from finetune.tar import MOST_RECORDS, ShortHeader
 from finetune.unpickle import as_text, describe, load_pickle
 from weights.errors import DataError, UsageError
 from weights.guard import read_bytes, require_regular, shortened, told
@@ -164,11 +165,13 @@ def _members(archive: Path) -> dict[PurePosixPath, dict[str, bytes]]:
     with gzip.open(archive) as unpacked:
         stream = _Limited(cast(BinaryIO, unpacked))
         # "r|" reads forward only, so that no member can lead the reader round in a circle.
-        with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it needs `read` alone
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=ShortHeader) as tar:  # type: ignore[call-overload]  # `read`
             for number, member in enumerate(tar, start=1):
                 _refuse_outside(archive, member)
                 if number > MOST_MEMBERS:
                     raise ValueError(f"it has more than {MOST_MEMBERS:,} members, and CIFAR about ten")
+                if len(tar.pax_headers) > MOST_RECORDS:
+                    raise ValueError(f"more than {MOST_RECORDS} records hold for all its members")
                 if not 0 <= member.size <= LARGEST_UNPACKED:
                     raise ValueError(f"its member {number:,} has {member.size:,} bytes, and none of CIFAR's has")
                 path = PurePosixPath(member.name)

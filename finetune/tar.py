@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Self, cast
 
 from weights.errors import DataError
 from weights.guard import require_size, shortened
@@ -25,8 +25,23 @@ BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of compressed files."""
 
-LARGEST_HEADERS = 2**17
-"""Bytes that the headers of one member may have: on Linux a name has up to 4 KiB, an extended attribute up to 64."""
+LARGEST_HEADERS = 2**15
+"""Bytes that the headers of one member may have. A name has up to 4 KiB on Linux. Older versions of Python believe what
+a record says of its length, and records that all reach to the end of a header take the square of its size."""
+
+LARGEST_HEADER = 2**11
+"""The same of each header in an archive that is read as a stream; some hundred of them may belong to one member."""
+
+EXTENSIONS = frozenset(
+    {
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+    }
+)
+"""Types of headers with content: long names, and records."""
 
 MOST_RECORDS = 100
 """Records that hold for all members that follow (pax, type "g") and are copied for each; `git archive` writes one."""
@@ -195,6 +210,27 @@ class _Headers:
     def tell(self) -> int:
         """Return the place."""
         return self._file.tell()
+
+
+class ShortHeader(tarfile.TarInfo):
+    """A header of an archive that is read as a stream: with no long records, and of no sparse file with a long map."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the header in a block.
+
+        Raises:
+            ValueError: `tarfile` would make too much of it.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise ValueError("it holds a sparse file")
+        if header.type in EXTENSIONS and not 0 <= header.size <= LARGEST_HEADER:
+            raise ValueError(f"a header has {header.size:,} bytes, and may have {LARGEST_HEADER:,}")
+        return header
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise ValueError("it holds a sparse file")
 
 
 def _odd(member: Member, kind: bytes) -> DataError:

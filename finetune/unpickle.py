@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from weights.dry_run import BoundedUnpickler
 from weights.errors import DataError
-from weights.guard import shortened
+from weights.guard import SHOWN, shortened
 
 LONGEST = 2**31
 """Images or bytes in a row; numbers of thousands of digits would take for ever to be multiplied."""
@@ -65,12 +65,11 @@ class _Type:
     __slots__ = ("order", "text")
 
     def __init__(self, text: object, *_: object) -> None:
-        self.text = as_text(text) if isinstance(text, bytes | str) else ""
+        self.text = as_text(text[:SHOWN]) if isinstance(text, bytes | str) else ""
         self.order = "="
 
     def __setstate__(self, state: Any) -> None:
-        order = as_text(state[1]) if isinstance(state[1], bytes | str) else ""
-        self.order = order if order in ("<", ">", "|") else "="
+        self.order = as_text(state[1]) if state[1] in ("<", ">", "|", b"<", b">", b"|") else "="
 
     def made(self) -> np.dtype[Any]:
         kind = self.text.lstrip("<>=|")
@@ -88,7 +87,7 @@ class _Array:
         self.state: tuple[Any, ...] = ()
 
     def __setstate__(self, state: Any) -> None:
-        self.state = tuple(state)
+        self.state = state if isinstance(state, tuple) else ()
 
     def made(self) -> NDArray[Any]:
         """Return the array.

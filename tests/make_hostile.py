@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,13 @@ class Payload:
 def bomb_of_tuples(times: int = 24) -> bytes:
     """Return a pickle of a dict whose key is a tuple of the same tuple twice, and so on: its hash visits 2 ** times."""
     return b"\x80\x02}N" + b"q\x00h\x00\x86" * times + b"K\x01s."
+
+
+def packed(path: Path, pickled: bytes) -> None:
+    """Write a pickle as the archive that torch.save writes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w/data.pkl", pickled)
+        archive.writestr("w/version", b"3\n")
 
 
 def write_model(folder: Path, **config: Any) -> Path:

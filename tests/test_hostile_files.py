@@ -171,6 +171,10 @@ def member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarIn
     return header
 
 
+SPARSE = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n".ljust(512, b"\0")
+RECORDS = b"".join(b"9 k%d=v\n" % number for number in range(101, 202)).ljust(2**10, b"\0")
+
+
 def test_archives_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar, "MOST_MEMBERS", 5)
     monkeypatch.setattr(cifar, "LARGEST_UNPACKED", 2**20)
@@ -181,7 +185,19 @@ def test_archives_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([(member("train", 2**40), b"")], b"", "its member 1 has 1,099,511,627,776 bytes"),
         ([(member("train", -(2**40)), b"")], b"", "its member 1 has -1,099,511,627,776 bytes|.*invalid"),
         ([(member("train", 2**19), bytes(2**19)), (member("x", 2**19), bytes(2**19))], zeros, "it unpacks to more"),
-        ([(member("long", 2**40, tarfile.GNUTYPE_LONGNAME), b"")], zeros, "it unpacks to more"),
+        (
+            [(member("long", 2**40, tarfile.GNUTYPE_LONGNAME), b"")],
+            b"",
+            "a header has 1,099,511,627,776 bytes, and may h",
+        ),
+        ([(member("x", 4096, tarfile.XHDTYPE), b"3 x" * 1365 + b"=")], zeros, "a header has 4,096 bytes, and may have"),
+        ([(member("x", 0, tarfile.GNUTYPE_SPARSE), b"")], zeros, "it holds a sparse file"),
+        ([(member("x", 44, tarfile.XHDTYPE), SPARSE), (member("train", 0), b"")], zeros, "it holds a sparse file"),
+        (
+            [(member("x", len(RECORDS), tarfile.XGLTYPE), RECORDS), (member("x", 0), b"")],
+            zeros,
+            "more than 100 records",
+        ),
         ([(member("train", 2**19), b"cut")], b"", "unexpected end of data|it ends too early"),
     ):
         with pytest.raises(DataError, match=rf"a\.tar\.gz cannot be read as a \.tar\.gz \(({reason}).*\); fetch it"):

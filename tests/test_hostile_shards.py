@@ -80,11 +80,13 @@ def test_only_plain_members_are_read(tmp_path: Path) -> None:
             "is damaged or cut short after 1.png (",
         ),
         (
-            header("long", 2**18, kind=tarfile.GNUTYPE_LONGNAME) + b"a" * 2**18 + header("0.png"),
-            "is no tar file, or damaged at its start (the headers of one member have more than 131,072 bytes)",
+            header("long", 2**16, kind=tarfile.GNUTYPE_LONGNAME) + b"a" * 2**16 + header("0.png"),
+            "is no tar file, or damaged at its start (the headers of one member have more than 32,768 bytes)",
         ),
         (
-            header("0.png") + header("x", kind=tarfile.GNUTYPE_SPARSE, at=482, content=b"\1"),
+            header("0.png")
+            + header("x", kind=tarfile.GNUTYPE_SPARSE, at=482, content=b"\1")
+            + (bytes(504) + b"\1" + bytes(7)) * 65,
             "is damaged or cut short after 0.png (",
         ),
         (

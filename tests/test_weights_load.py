@@ -7,7 +7,9 @@ import copy
 import json
 import os
 import pickle
+from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from weights.errors import UsageError, WeightsError
 from weights.load import hash_tensors, load_into, read_tensors
+from weights.torch_file import read_torch
 
 Tensors = dict[str, Tensor]
 
@@ -235,6 +238,45 @@ def test_training_checkpoints_with_options_are_read(tmp_path: Path) -> None:
     args = argparse.Namespace(lr=0.1, name="run")
     torch.save({"args": args, "epoch": 3, "state_dict": {"module.a": torch.ones(2)}}, tmp_path / "c.pth")
     assert list(read_tensors(tmp_path / "c.pth")) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_what_else_checkpoints_hold_is_read(tmp_path: Path, kind: str) -> None:
+    """Whatever `torch.save` writes in a way of its own and `torch.load` reads with `weights_only`."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizers = [torch.optim.Adam(net.parameters(), amsgrad=True), torch.optim.SGD(net.parameters(), momentum=0.9)]
+    net(torch.rand(4, 3)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    marked = nn.Parameter(torch.ones(2))
+    marked.sharded = True  # type: ignore[attr-defined]
+    view = torch.arange(6.0).reshape(2, 3).T
+    view.kept = "view"  # type: ignore[attr-defined]
+    # torch.load does not read the newer types from the older format
+    types = [torch.bfloat16, torch.bool] + [torch.float8_e4m3fn, torch.uint16] * (kind == "zip")
+    held: dict[str, Any] = {
+        "epoch": 3,
+        "state_dict": net.state_dict(),
+        "ema": torch.optim.swa_utils.AveragedModel(net).state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], 10).state_dict(),
+        "parameters": [marked, nn.Parameter(torch.ones(2)), view, torch.ones(2, dtype=torch.complex64).conj()],
+        "types": [torch.ones(2, dtype=one) for one in types],
+        "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95), size=torch.Size([3, 32]), device=torch.device("cuda", 0)),
+        "seen": {1, 2, "a", None},
+        "empty": [set(), OrderedDict(), Counter(), ()],
+        "counted": Counter({"cat": 2, 7: 1}),
+        "ordered": OrderedDict([("b", torch.float16), (0, 1 + 2j)]),
+        "bytes": [b"abc", 2**70, float("nan"), {0.5: -(2**40), True: "\u20ac"}],
+    }
+    torch.save(held, tmp_path / "c.pth", _use_new_zipfile_serialization=kind == "zip")
+    found: Any = read_torch(tmp_path / "c.pth")
+    assert list(found) == list(held)
+    for name in ("seen", "counted", "ordered", "args", "empty"):
+        assert found[name] == held[name]
+    assert (found["parameters"][0].sharded, found["parameters"][2].kept) == (True, "view")
+    assert found["optimizers"][0]["state"][0]["exp_avg"].equal(held["optimizers"][0]["state"][0]["exp_avg"])
+    assert sorted(read_tensors(tmp_path / "c.pth")) == sorted(net.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 2", "protocol 4", "protocol 5"])

@@ -10,25 +10,45 @@ been made before. So its steps are counted, and what copies counts as many as it
 from __future__ import annotations
 
 import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Sequence
 from typing import IO, Any, ClassVar
 
+from weights.guard import shortened
+
 MOST_STEPS = 3_000_000
-"""Operations of a pickle: a DenseNet-201 with its state of Adam takes 100,505. Each may take 225 bytes of memory."""
+"""Operations of a pickle: a DenseNet-201 with its state of Adam takes 100,505. Each may take some hundred bytes."""
 
 LETTERS = 1024
 """Letters whose copy counts as one step. CIFAR's pixels may be text, 150 million letters of it."""
 
-HEAVIEST = 100_000
-"""Values in a tuple, those of tuples in it counted each time they are met. As a key its hash visits all of them, and
-thirty tuples that each hold the one before twice make a thousand million."""
+LONGEST_KEY = 10_000
+"""Letters of a key. Two long keys that are alike are compared each time that one is met."""
 
-HEAVIEST_KEY = 100
-"""The same of a tuple that is a key. Keys are names and numbers, and one may be used again and again."""
+LARGEST_KEY = 2**60
+"""Whole numbers below it have hashes of their own; Python takes them modulo 2 ** 61 - 1."""
+
+OPERATIONS = b".(ab)]cehjKJMNGQRXUqrstu}\x80\x81\x85\x86\x87\x88\x89\x8a\x8f"
+"""What `torch.load(weights_only=True)` takes; torch.save writes protocol 2."""
+
+REBUILT: dict[str, tuple[int, ...]] = {
+    "torch._utils._rebuild_tensor": (2, 3),
+    "torch._utils._rebuild_tensor_v2": (2, 3, 6),
+    "torch._utils._rebuild_tensor_v3": (2, 3, 7),
+    "torch._utils._rebuild_parameter": (),
+    "torch._utils._rebuild_parameter_with_state": (3,),
+    "torch._tensor._rebuild_from_type_v2": (3,),
+    "torch.Size": (0,),
+}
+"""Functions of torch that plain tensors need, and the places of those arguments that they copy or go through."""
 
 
 class StrangeError(pickle.UnpicklingError):
     """A pickle that no honest program writes; the text says what it does."""
+
+
+class ForeignError(pickle.UnpicklingError):
+    """An operation that `torch.load(weights_only=True)` does not take."""
 
 
 class _Steps(dict[int, Callable[[Any], None]]):
@@ -65,38 +85,24 @@ class BoundedUnpickler(pickle._Unpickler):
 
     def __init__(self, file: IO[bytes], *, encoding: str = "ASCII") -> None:
         super().__init__(file, encoding=encoding)
-        self._weights: dict[int, tuple[int, tuple[Any, ...]]] = {}  # by id; the tuple is kept, and so its id
         self._steps = _Steps(self.dispatch)
         self._steps.left = MOST_STEPS
         vars(self)["dispatch"] = self._steps  # where `load` looks for each operation
 
-    def weigh(self) -> None:
-        """Note the weight of the tuple that was made last.
-
-        Raises:
-            StrangeError: it is too heavy.
-        """
-        made = self.stack[-1]
-        weight = 1 + sum(self._weights[id(part)][0] if id(part) in self._weights else 1 for part in made)
-        if weight > HEAVIEST:
-            raise StrangeError("it holds tuples in tuples without end")
-        self._weights[id(made)] = (weight, made)
-
     def require_light(self, key: object) -> None:
-        """Refuse a key that takes long to be hashed.
+        """Refuse a key that may take long to be hashed or compared, or whose hash others may have as well.
 
         Raises:
-            StrangeError: it does.
+            StrangeError: it is neither short text nor a small number.
         """
-        if isinstance(key, Thing) and key.name == "torch.Size":
-            raise StrangeError("it has a shape as a key")
-        if isinstance(key, tuple):
-            if self._weights.get(id(key), (1,))[0] > HEAVIEST_KEY:
-                raise StrangeError("it has tuples of many values as keys")
-            for part in key:
-                self.require_light(part)
+        if isinstance(key, str | bytes):
+            light = len(key) <= LONGEST_KEY
+        else:
+            light = key is None or isinstance(key, float) or (isinstance(key, int) and abs(key) < LARGEST_KEY)
+        if not light:
+            raise StrangeError("it has keys that are neither short text nor small numbers")
 
-    def look_at_call(self, called: object, args: object) -> None:
+    def look_at_call(self, called: object, args: Any) -> None:
         """Count what a function may copy, before it is called.
 
         Args:
@@ -108,11 +114,10 @@ class BoundedUnpickler(pickle._Unpickler):
         """
         if not isinstance(args, tuple):
             raise StrangeError("it calls something with no tuple of arguments")
-        for arg in args:
-            self.count_copy(arg)
+        self.count_copy(args)
 
     def count_copy(self, value: object) -> None:
-        """Count a copy of a value.
+        """Count a copy of a value, and of those in a tuple.
 
         Raises:
             StrangeError: it is one too many.
@@ -121,17 +126,13 @@ class BoundedUnpickler(pickle._Unpickler):
             self._steps.spend(len(value) // LETTERS)
         elif isinstance(value, list | tuple | dict | set):
             self._steps.spend(len(value))
+        for part in value if isinstance(value, tuple) else ():
+            self.count_copy(part)
 
 
 Load = Callable[[Any], None]
 
-
-def _weighed(load: Load) -> Load:
-    def load_and_weigh(unpickler: BoundedUnpickler) -> None:
-        load(unpickler)
-        unpickler.weigh()
-
-    return load_and_weigh
+_reduce, _fill = (BoundedUnpickler.dispatch[_code[0]] for _code in (pickle.REDUCE, pickle.BUILD))
 
 
 def _with_light_keys(load: Load, keys: Callable[[list[Any]], Sequence[Any]]) -> Load:
@@ -143,32 +144,24 @@ def _with_light_keys(load: Load, keys: Callable[[list[Any]], Sequence[Any]]) -> 
     return load_light
 
 
-def _looked_at(load: Load) -> Load:
-    def look_and_call(unpickler: BoundedUnpickler) -> None:
-        unpickler.look_at_call(unpickler.stack[-2], unpickler.stack[-1])
-        load(unpickler)
-
-    return look_and_call
+def _call(unpickler: BoundedUnpickler) -> None:
+    unpickler.look_at_call(unpickler.stack[-2], unpickler.stack[-1])
+    _reduce(unpickler)
 
 
-def _counted(load: Load) -> Load:
-    def count_and_build(unpickler: BoundedUnpickler) -> None:
-        unpickler.count_copy(unpickler.stack[-1])
-        load(unpickler)
-
-    return count_and_build
+def _build(unpickler: BoundedUnpickler) -> None:
+    unpickler.count_copy(unpickler.stack[-1])
+    _fill(unpickler)
 
 
 def _refuse(_: BoundedUnpickler) -> None:
-    # A set of sets takes for ever to be compared, and an array of bytes all memory before it is read.
-    raise StrangeError("it holds sets or arrays of bytes in a form that torch.save and CIFAR do not use")
+    # A set of sets takes for ever to be compared, an array of bytes all memory before it is read, and the others call
+    # something without being looked at.
+    raise StrangeError("it holds sets, arrays of bytes or objects in a form that torch.save and CIFAR do not use")
 
 
-for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    BoundedUnpickler.dispatch[_code[0]] = _weighed(BoundedUnpickler.dispatch[_code[0]])
-BoundedUnpickler.dispatch[pickle.REDUCE[0]] = _looked_at(BoundedUnpickler.dispatch[pickle.REDUCE[0]])
-BoundedUnpickler.dispatch[pickle.BUILD[0]] = _counted(BoundedUnpickler.dispatch[pickle.BUILD[0]])
-for _code in (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8):
+BoundedUnpickler.dispatch |= {pickle.REDUCE[0]: _call, pickle.BUILD[0]: _build}
+for _code in (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
     BoundedUnpickler.dispatch[_code[0]] = _refuse
 for _code, _keys in (
     (pickle.SETITEM, lambda stack: stack[-2:-1]),
@@ -186,30 +179,23 @@ class Thing:
     """
 
     __slots__ = ("name",)
-    name: str
     CONTAINERS = ("collections.OrderedDict", "collections.Counter")
 
     def __init__(self, name: str) -> None:
-        object.__setattr__(self, "name", name)
+        self.name = name
 
     def __call__(self, *_: object) -> Thing:
         return Thing(self.name)
 
-    def __setstate__(self, _: object) -> None:
-        """Take no notice."""
-
-    def __setattr__(self, name: str, _: object) -> None:
-        raise StrangeError(f"it sets {name} of {self.name}")
-
     def __setitem__(self, _: object, __: object) -> None:
         if self.name not in self.CONTAINERS:
-            raise StrangeError(f"it puts entries into {self.name}")
+            raise StrangeError(f"it puts entries into {shortened(self.name)}")
 
     def append(self, _: object) -> None:
         """Refuse what a pickle does to a list or a deque of its own."""
-        raise StrangeError(f"it puts entries into {self.name}")
+        raise StrangeError(f"it puts entries into {shortened(self.name)}")
 
-    extend = add = append
+    extend = append
 
 
 class DryRun(BoundedUnpickler):
@@ -224,7 +210,8 @@ class DryRun(BoundedUnpickler):
         self.storages: list[tuple[str, str, int]] = []
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for it."""
+        """Return what stands for it, under the name that `torch.load` looks up."""
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         return Thing(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -233,12 +220,15 @@ class DryRun(BoundedUnpickler):
         Raises:
             StrangeError: its name is no text, or its size no number.
         """
-        if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[1], Thing):
-            key = pid[2].decode("utf-8", "replace") if isinstance(pid[2], bytes) else pid[2]
-            if not isinstance(key, str) or type(pid[4]) is not int:
-                raise StrangeError("a storage has no name, or no number of values")
-            self.storages.append((pid[1].name, key, pid[4]))
-        return Thing("storage")
+        match pid:
+            case ("module" | b"module", held, *_):  # before torch 1.6: a class, and where its source is
+                return held
+            case ("storage" | b"storage", Thing() as kind, str() | bytes() as key, _, int() as elements, *view):
+                for name in (key, view[0][0] if view and view[0] is not None else ""):
+                    self.require_light(name)
+                self.storages.append((kind.name, key.decode() if isinstance(key, bytes) else key, elements))
+                return Thing("storage")
+        raise StrangeError("a storage has no name, or no number of values")
 
     def make_object(self) -> None:
         """Stand in for the opcode NEWOBJ, which would make an instance of a class.
@@ -252,24 +242,61 @@ class DryRun(BoundedUnpickler):
             raise StrangeError("it makes an object of what is no class")
         self.stack[-1] = Thing(self.stack[-1].name)
 
-    def look_at_call(self, called: object, args: object) -> None:
+    def fill_object(self) -> None:
+        """Stand in for the opcode BUILD, which would give an object its attributes.
+
+        Raises:
+            StrangeError: they are in something else than a dict, whose keys were looked at.
+        """
+        state = self.stack.pop()
+        if not isinstance(state, dict):
+            raise StrangeError("it gives an object attributes that are in no dict")
+        self.count_copy(state)
+
+    def leave(self) -> None:
+        """Refuse an operation that is not in `OPERATIONS`."""
+        raise ForeignError("its pickle has operations that torch.load does not take")
+
+    def look_at_call(self, called: object, args: Any) -> None:
         """Look at what `torch.load` would call: some of its functions make as much as they are told to."""
         super().look_at_call(called, args)
         name = called.name if isinstance(called, Thing) else ""
-        last, given = name.rpartition(".")[2], args if isinstance(args, tuple) else ()  # it is one, or was refused
-        if last in ("bytearray", "encode") and given:  # of latin1, as Python 3 writes bytes for readers of Python 2
-            if not isinstance(given[0], str) or given[1:] not in (("latin1",), ("latin-1",)):
+        last = name.rpartition(".")[2]
+        if name in ("builtins.bytearray", "_codecs.encode") and args:
+            # of latin1, as Python 3 writes bytes for readers of Python 2
+            if not isinstance(args[0], str) or args[1:] not in (("latin1",), ("latin-1",)):
                 raise StrangeError(f"it calls {last} for something else than text in latin1")
-            self._steps.spend(len(given[0]) // 16)
-        elif last in ("set", "OrderedDict", "Counter"):
-            for group in given:
-                for one in group if isinstance(group, list | tuple) else ():
-                    pair = last == "OrderedDict" and isinstance(one, list | tuple) and one
-                    self.require_light(one[0] if pair else one)
-        elif name.startswith("torch.") and last.endswith("Tensor") and given:
-            raise StrangeError(f"it calls {last} with values or sizes")
-        elif last == "_rebuild_from_type_v2" and len(given) > 2:  # calls the first with the third
-            self.look_at_call(given[0], given[2])
+            self._steps.spend(len(args[0]) // 16)
+        elif name in ("builtins.set", *Thing.CONTAINERS):
+            for group in args:
+                self._require_entries(group, pairs=last == "OrderedDict" and isinstance(group, list))
+        elif name in REBUILT:
+            self._look_at_rebuilding(name, args)
+        elif name.startswith("torch.") and (last.startswith("_") or last.endswith(("Tensor", "Storage"))):
+            raise StrangeError("it holds sparse, quantised or nested tensors, or some without values")
+
+    def _require_entries(self, group: object, *, pairs: bool) -> None:
+        """Refuse to make a set or a dict of anything but a list or a dict: a tensor may have endless rows."""
+        if not isinstance(group, list | dict):
+            raise StrangeError("it makes a set or a dict of what is no list")
+        for one in group:
+            if pairs and not (isinstance(one, list | tuple) and len(one) == 2):
+                raise StrangeError("it makes a dict of what are no pairs")
+            self.require_light(one[0] if pairs else one)
+
+    def _look_at_rebuilding(self, name: str, args: tuple[Any, ...]) -> None:
+        """Refuse copies of what an earlier call made: how large it is, is not known."""
+        for place in REBUILT[name]:
+            for given in args[place : place + 1]:
+                if any(isinstance(part, Thing) for part in (given, *(given if isinstance(given, tuple) else ()))):
+                    raise StrangeError("it makes something of what an earlier call made")
+        if name.endswith("_rebuild_from_type_v2") and len(args) > 2:  # calls the first with the third
+            if not isinstance(args[0], Thing) or args[0].name not in REBUILT or args[0].name == name:
+                raise StrangeError("it makes a tensor by what makes none")
+            self.look_at_call(args[0], args[2])
 
 
-DryRun.dispatch = {**BoundedUnpickler.dispatch, pickle.NEWOBJ[0]: DryRun.make_object}
+DryRun.dispatch = {
+    code: load if code in OPERATIONS else DryRun.leave for code, load in BoundedUnpickler.dispatch.items()
+}
+DryRun.dispatch |= {pickle.NEWOBJ[0]: DryRun.make_object, pickle.BUILD[0]: DryRun.fill_object}

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from weights.dry_run import DryRun, StrangeError
+from weights.dry_run import LONGEST_KEY, DryRun, ForeignError, StrangeError
 from weights.guard import require_regular, shortened
 
 GROWTH = 64
@@ -75,7 +75,7 @@ def read_torch(path: Path, *, checked: bool = False) -> object:
     # an open file, not a path: given a name that ends in .safetensors, torch.load goes by the name
     with path.open("rb") as file:
         most = max(SMALL, GROWTH * path.stat().st_size)
-        archived = file.read(2) == b"PK"
+        archived = file.read(4) == b"PK\3\4"  # as torch.load tells them apart
         if checked and not archived:
             raise UnfitError("it is no archive of torch.save")
         file.seek(0)
@@ -111,7 +111,11 @@ def require_plain(held: object, most: int) -> None:
         size += tensor.numel() * tensor.element_size()
         if size > most:
             raise UnfitError(f"its tensors claim more than {most:,} bytes, far more than the file has")
-    if _letters(held, {}) > most:
+    try:
+        letters = _letters(held, {})
+    except RecursionError:  # deep, and all of it in one list as well
+        raise UnfitError(f"it is nested more than {NESTED} deep") from None
+    if letters > most:
         raise UnfitError(f"written out, it would take more than {most:,} letters, far more than the file has")
 
 
@@ -123,8 +127,8 @@ def _require_one_table(file: BinaryIO) -> None:
     larger record of 56 bytes and a pointer to it of 20, as torch.save writes them.)
 
     Raises:
-        UnfitError: the two may differ, or the table is too large.
-        ValueError: there is no end record.
+        UnfitError: the table is too large.
+        ValueError: there is no end record, or the two may differ.
     """
     file.seek(0, io.SEEK_END)
     total = file.tell()
@@ -134,12 +138,14 @@ def _require_one_table(file: BinaryIO) -> None:
     if not last.startswith(b"PK\5\6") or not last.endswith(b"\0\0"):
         raise ValueError("it does not end as an archive does")
     end, (size, place) = total - 22, struct.unpack("<II", last[12:20])
-    sound = True
-    if pointer.startswith(b"PK\6\7"):
-        end, (size, place) = total - 98, struct.unpack("<QQ", large[40:])
-        sound = large.startswith(b"PK\6\6") and struct.unpack("<Q", pointer[8:16]) == (end,)
-    if not sound or place + size != end:
-        raise UnfitError("its table of contents is not where it has to be")
+    said = end  # where the larger record is
+    if pointer.startswith(b"PK\6\7") and large.startswith(b"PK\6\6"):
+        end, (size, place), (said,) = total - 98, struct.unpack("<QQ", large[40:]), struct.unpack("<Q", pointer[8:16])
+    if gap := (end - place - size) or (end - said):
+        raise ValueError(
+            f"it ends {abs(gap):,} bytes {'after' if gap > 0 else 'before'} its table of contents: bytes were put "
+            "before it, or two archives joined"
+        )
     if size > LARGEST_TABLE:
         raise UnfitError(f"its table of contents has {size:,} bytes, and may have {LARGEST_TABLE:,}")
 
@@ -155,15 +161,17 @@ def _require_honest(file: BinaryIO, most: int, checked: bool) -> None:
             raise UnfitError(f"it unpacks to more than {most:,} bytes, far more than it has")
         if checked and (damaged := archive.testzip()) is not None:
             raise UnfitError(f"{damaged} does not match its checksum")
-        for name in archive.namelist():
-            if name.lower().endswith(PICKLE):
-                if (size := archive.getinfo(name).file_size) > LARGEST_PICKLE:
-                    raise UnfitError(f"its {PICKLE} has {size:,} bytes, and may have {LARGEST_PICKLE:,}")
-                member = copy.copy(archive.getinfo(name))
-                del member.CRC  # torch.save may be told to leave checksums out, and torch.load does not look at them
-                _, run = _dry_run(io.BytesIO(archive.open(member).read()))
-                for kind, key, elements in run.storages:
-                    _compare(kind, elements, sizes.get(f"{name[: -len(PICKLE)]}data/{key}".lower()))
+        pickles = [name for name in archive.namelist() if name.lower().endswith(PICKLE)]
+        if len(pickles) > 1:
+            raise UnfitError(f"it has {len(pickles):,} pickles, one was expected")
+        for name in pickles:
+            if (size := archive.getinfo(name).file_size) > LARGEST_PICKLE:
+                raise UnfitError(f"its {PICKLE} has {size:,} bytes, and may have {LARGEST_PICKLE:,}")
+            member = copy.copy(archive.getinfo(name))
+            del member.CRC  # torch.save may be told to leave checksums out, and torch.load does not look at them
+            _, run = _dry_run(io.BytesIO(archive.open(member).read()))
+            for kind, key, elements in run.storages:
+                _compare(kind, elements, sizes.get(f"{name[: -len(PICKLE)]}data/{key}".lower()))
 
 
 def _require_light(file: BinaryIO, most: int) -> None:
@@ -174,14 +182,22 @@ def _require_light(file: BinaryIO, most: int) -> None:
     file.seek(0)
     with suppress(tarfile.HeaderError):
         tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-        raise UnfitError("it is a tar file as well")
+        raise UnfitError(
+            "it is a tar archive; unpack it and give the file within, or load it with the PyTorch that wrote it"
+        )
     file.seek(0)
     number, _ = _dry_run(file)
-    for _ in range(4 if isinstance(number, int) else 0):
-        _, run = _dry_run(file)
-        claimed = {key: elements for _, key, elements in run.storages}
-        if sum(claimed.values()) > most or min(claimed.values(), default=0) < 0:
+    if not isinstance(number, int):
+        return
+    for _ in range(4):
+        held, run = _dry_run(file)
+        claimed: dict[str, int] = {}
+        for kind, key, elements in run.storages:
+            claimed[key] = max(claimed.get(key, 0), elements * (_item_size(kind) or 1))
+        if sum(claimed.values()) > most or any(elements < 0 for _, _, elements in run.storages):
             raise UnfitError(f"its tensors claim more than {most:,} bytes, far more than the file has")
+    if not isinstance(held, list) or not all(isinstance(key, str | bytes) and len(key) <= LONGEST_KEY for key in held):
+        raise UnfitError("it does not end with the names of its storages")
 
 
 def _dry_run(file: BinaryIO) -> tuple[object, DryRun]:
@@ -190,19 +206,24 @@ def _dry_run(file: BinaryIO) -> tuple[object, DryRun]:
         return run.load(), run
     except StrangeError as error:
         raise UnfitError(str(error)) from error
+    except ForeignError:
+        raise
     except pickle.UnpicklingError as error:  # damaged; what a pickle names is for torch.load to refuse
         raise ValueError(str(error)) from error
 
 
 def _compare(kind: str, elements: int, size: int | None) -> None:
     """Compare what a pickle says of a storage with its bytes in the archive; what is not known torch.load refuses."""
+    each = _item_size(kind)
+    if size is not None and each and elements * each != size:
+        raise UnfitError(f"a storage has {size:,} bytes and is said to have {shortened(str(elements))} values")
+
+
+def _item_size(kind: str) -> int:
+    """Return the bytes of a value in a storage, 0 of a kind that is not known."""
     name = kind.rpartition(".")[2]
     known = getattr(torch, name, None) if name.endswith("Storage") else None
-    each = 1 if name == "UntypedStorage" else getattr(getattr(known, "dtype", None), "itemsize", 0)
-    if size is None or not each:
-        return
-    if elements * each != size:
-        raise UnfitError(f"a storage has {size:,} bytes and is said to have {shortened(str(elements))} values")
+    return 1 if name == "UntypedStorage" else int(getattr(getattr(known, "dtype", None), "itemsize", 0))
 
 
 def _letters(held: object, known: dict[int, int]) -> int:
