@@ -82,7 +82,9 @@ def choices_of_whole_job() -> Iterator[None]:
 
     def picker(*about: Any) -> Callable[..., Any]:
         pick = original(*about)
-        return lambda part, build, step_images, _work, *sizes: pick(part, build, step_images, WORK[part], *sizes)
+        return lambda part, build, step_images, _work, *sizes, **more: pick(
+            part, build, step_images, WORK[part], *sizes, **more
+        )
 
     with patch.object(compute, "_picker", picker):
         yield
