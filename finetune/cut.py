@@ -17,13 +17,16 @@ The suffix shares the model's own modules under their own names: training the su
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+from torch.fx import graph_module
 
 from finetune.layers import Selection, is_inside
 
@@ -243,3 +246,20 @@ def _agree(model: nn.Module, prefix: nn.Module, suffix: nn.Module, sample: torch
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+@contextmanager
+def sources_dropped() -> Iterator[None]:
+    """Let go, at the end, of the sources of all graphs that were made within; usable as a decorator.
+
+    PyTorch keeps the source of every graph module for tracebacks, as long as the process lives (`_EvalCacheLoader` in
+    torch/fx/graph_module.py): 43 kB a run, its evaluation and its export for the smallest network.
+    """
+    sources = graph_module._loader.eval_cache
+    before = set(sources)
+    try:
+        yield
+    finally:
+        for name in set(sources) - before:
+            sources.pop(name, None)
+            linecache.cache.pop(name, None)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from finetune.augment import Views
-from finetune.cut import cut_model
+from finetune.cut import cut_model, sources_dropped
 from finetune.device import pick_device, prefix_batch, settle
 from finetune.eval_data import SPLITS, choose_images, repeated_images
 from finetune.events import Events
@@ -181,6 +181,7 @@ def evaluate(
     )
 
 
+@sources_dropped()
 def logits_of(
     trained: Trained,
     images: ImageSet,

@@ -23,6 +23,7 @@ from finetune import checkpoint, outcome
 from finetune.augment import Views
 from finetune.budget import Budget, keep_time
 from finetune.class_weights import class_weights
+from finetune.cut import sources_dropped
 from finetune.data import DATA_NAMES
 from finetune.device import settle
 from finetune.events import Events
@@ -46,6 +47,7 @@ from weights.errors import StoppedError
 PLAIN = Views("none", 1)  # images as they are
 
 
+@sources_dropped()
 def run(
     recipe: Recipe,
     output: Path | None = None,
@@ -93,6 +95,7 @@ def run(
                 return _carry_out(job, place, None, events, stop, started)
 
 
+@sources_dropped()
 def resume(
     path: Path, *, events: Events | None = None, stop: Stop = lambda: False, shared: Shared | None = None
 ) -> dict[str, Any]:

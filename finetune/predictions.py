@@ -72,7 +72,7 @@ def read_predictions(path: Path) -> Predictions | None:
         return None
     try:
         require_regular(path)
-        tensors = safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load(path.read_bytes())
         found = Predictions(
             tensors["logits"],
             tensors["labels"],

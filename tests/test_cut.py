@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.cut import Cut, cut_model
+from finetune.cut import Cut, cut_model, sources_dropped
 from finetune.layers import Selection, fingerprint, freeze, require_unchanged, select_layers
 
 # Name, input side in pixels, and its last stage as the network itself names it (with the convolution behind the stages
@@ -304,3 +305,15 @@ def test_the_halves_share_no_frozen_tensor() -> None:
     cut.suffix.double()  # changes tensors in place, as moving to a GPU does
     assert all(value.dtype == torch.float32 for value in cut.prefix.state_dict().values())
     assert len(cut.prefix(torch.randn(3, 3, 8, 8))) == len(cut.crossing)
+
+
+def test_sources_of_graphs_are_let_go_and_the_graphs_still_compute() -> None:
+    model, images = build("test_resnet", 64), torch.randn(2, 3, 64, 64)
+    cache = {name for name in linecache.cache if "eval_with_key" in name}
+    with sources_dropped():
+        _, cut = taken_apart(model, ["layer4"], 64)
+        assert {name for name in linecache.cache if "eval_with_key" in name} > cache
+    assert {name for name in linecache.cache if "eval_with_key" in name} == cache
+    assert cut.prefix is not None
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(cut.suffix)(*cut.prefix(images)), cut.suffix(*cut.prefix(images)))

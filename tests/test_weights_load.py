@@ -58,6 +58,15 @@ def refused(model: nn.Module, tensors: Tensors, **options: object) -> str:
     return str(error.value)
 
 
+def test_a_file_that_changes_afterwards_changes_no_tensor(tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    found = read_tensors(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert hash_tensors(found) == hash_tensors(tensors)
+
+
 def test_everything_but_the_head_is_loaded(model: nn.Module, tensors: Tensors) -> None:
     head = model.get_submodule("fc").weight.clone()
     account = load_into(model, tensors, head=("fc",), where="file.pth")

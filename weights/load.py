@@ -39,6 +39,10 @@ from weights.torch_file import UnfitError, read_torch
 SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin", ".ckpt")
 """Suffixes of weight files; the content decides how a file is read."""
 
+READ_WHOLE = 2**28
+"""Bytes up to which a safetensors file is read at once, so that nothing that happens to it later is seen. Larger ones
+are mapped, which takes half of the memory; of each that is mapped, safetensors keeps a few kB (docs/reliability.md)."""
+
 
 @dataclass(frozen=True)
 class Account:
@@ -197,6 +201,8 @@ def _refuse_impostors(path: Path, start: bytes) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        if path.stat().st_size <= READ_WHOLE:
+            return dict(safetensors.torch.load(path.read_bytes()))
         return dict(safetensors.torch.load_file(path, device="cpu"))
     except Exception as error:  # besides its own errors, whatever a header with odd types and sizes makes torch raise
         raise _damaged(path, error) from error
