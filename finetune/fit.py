@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from finetune.budget import Budget, PacedSchedule
 from finetune.inference import announced, autocast, cast, evaluation_batch, lies_on_device, score
-from finetune.optim import make_optimizer, make_schedule, update_average
+from finetune.optim import make_optimizer, make_schedule, update_average, warmed_average
 from finetune.order import Batch, epoch_batches, epoch_seed, on_both
 from finetune.ranks import Ranks
 from finetune.recipe import Recipe
@@ -121,7 +121,7 @@ class Trainer:
         )
         self.average: AveragedModel | None = None
         if recipe.ema:
-            self.average = AveragedModel(suffix, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+            self.average = AveragedModel(suffix, multi_avg_fn=warmed_average(recipe.ema), use_buffers=True)
 
     def step(
         self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, weights: torch.Tensor | None = None

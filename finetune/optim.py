@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from timm.optim.muon import Muon
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.recipe import AUTO, DECAY, Recipe, peak_rate
 
@@ -125,6 +125,24 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
     return lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
+def warmed_average(decay: float) -> Callable[..., None]:
+    """Return a `multi_avg_fn` of `AveragedModel`: an exponential moving average that forgets its beginning.
+
+    In the first steps a slow average would be little else than the random values that training began with, and in a
+    short run to its end. So the decay is (1 + n) / (10 + n) after n updates until that reaches `decay`, as TensorFlow's
+    `ExponentialMovingAverage` has it with `num_updates`: the average is then over about the last ninth of all steps.
+
+    Args:
+        decay: of the finished warm-up, 0 to below 1.
+    """
+
+    def move(averages: Any, current: Any, updates: Any) -> None:
+        done = int(updates)
+        get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averages, current, updates)
+
+    return move
+
+
 @torch.no_grad()
 def update_average(average: AveragedModel, module: nn.Module) -> None:
     """Move a moving average of weights and buffers on after a step; what is no fraction is copied.
@@ -133,7 +151,7 @@ def update_average(average: AveragedModel, module: nn.Module) -> None:
     step, and waits for the device to take it.
 
     Args:
-        average: made with a `multi_avg_fn` that does not look at the count, such as an exponential average's.
+        average: made with a `multi_avg_fn`, such as `warmed_average`'s.
         module: what it is the average of.
     """
     kept = [*average.module.parameters(), *average.module.buffers()]

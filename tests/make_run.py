@@ -22,6 +22,16 @@ from finetune.recipe import Recipe
 TRAINED = {"test_resnet": ("layer4", "fc"), "resnet18": ("layer4", "fc"), "test_vit": ("blocks.5", "norm", "head")}
 """What the tests train of each network: its last stage and its head."""
 
+TINY: dict[str, Any] = {
+    "image_size": 32,
+    "epochs": 2,
+    "batch_size": 16,
+    "device": "cpu",
+    "precision": "fp32",
+    "compile": "off",
+}
+"""What the tests' runs share, as names of settings."""
+
 
 def write_weights(path: Path, arch: str = "test_resnet", *, seed: int = 1, without: tuple[str, ...] = ()) -> Path:
     """Write random weights of a timm network for 32 x 32 pixels, with 1000 classes and used batch norms.
@@ -61,13 +71,8 @@ def tiny_recipe(data: Path, weights: Path, cache: Path, arch: str = "test_resnet
         train_layers=TRAINED.get(arch, ("head",)),
         data=str(data),
         weights=str(weights),
-        image_size=32,
-        epochs=2,
-        batch_size=16,
-        device="cpu",
-        precision="fp32",
-        compile="off",
         cache_dir=cache,
+        **TINY,
     )
     return dataclasses.replace(recipe, **settings)
 

@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import torch
 from make_data import make_images, write_cifar100_python
-from make_run import TRAINED, write_weights
+from make_run import TINY, TRAINED, write_weights
 
 import finetune
 from finetune.evaluate import evaluate
@@ -66,14 +66,9 @@ def one_round(folder: Path, data: Path, weights: Path) -> None:
         train_layers=TRAINED["test_resnet"],
         data=data,
         weights=weights,
-        image_size=32,
-        epochs=2,
-        batch_size=16,
-        device="cpu",
-        precision="fp32",
-        compile="off",
         cache_dir=folder / "cache",
         output=folder / "run",
+        **TINY,
     )
     images = [np.full((32, 32, 3), level, dtype=np.uint8) for level in range(0, 250, 25)]
     finetune.load(result.folder, device="cpu").predict(images)

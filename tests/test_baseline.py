@@ -43,9 +43,10 @@ def test_the_assignments_settings() -> None:
     a1 = baseline_recipe("figure1", "assignment", {})
     assert (a1.optimizer, a1.lr, a1.batch_size, a1.epochs, a1.augment) == ("adam", 1e-3, 50, 15, "flip")
     a3 = baseline_recipe("multistage", "assignment", {})
-    assert (a3.optimizer, a3.lr, a3.epochs, a3.augment, a3.label_smoothing) == ("adam", 1e-3, 10, "none", 0.0)
-    assert baseline_recipe("vgg16", "assignment", {}).epochs == 1
-    assert baseline_recipe("identity", "fast", {}).lr == 0.04
+    assert (a3.optimizer, a3.lr, a3.epochs, a3.schedule, a3.label_smoothing) == ("adam", 1e-3, 10, "constant", 0.0)
+    assert (a3.batch_size, a3.augment, a3.ema) == (64, "flip", 0.999)  # ours, where nothing is prescribed
+    a5 = baseline_recipe("vgg16", "assignment", {})
+    assert (a5.epochs, a5.augment, a5.ema) == (1, "none", 0.0)  # one more epoch of a trained checkpoint
 
 
 def test_what_the_user_gives_wins() -> None:
@@ -53,12 +54,16 @@ def test_what_the_user_gives_wins() -> None:
     assert (recipe.lr, recipe.epochs, recipe.weights, recipe.keep_head) == (0.3, 2, "some.pth", True)
 
 
-def test_another_optimiser_brings_a_rate_of_its_kind() -> None:
-    assert baseline_recipe("figure1", "fast", {"optimizer": "adam"}).lr == 1e-3
-    assert baseline_recipe("identity", "assignment", {"optimizer": "sgd"}).lr == 0.04
-    assert baseline_recipe("figure1", "fast", {"optimizer": "adamw", "lr": 0.005}).lr == 0.005
-    assert baseline_recipe("figure1", "fast", {"optimizer": "sgd"}).lr == 0.2
-    assert baseline_recipe("figure1", "fast", {"optimizer": "muon"}).lr == 0.2  # Muon's rate follows from SGD's
+def test_another_optimiser_brings_a_rate_and_a_decay_of_its_kind() -> None:
+    def settings(arch: str, which: str, **given: object) -> tuple[float | None, float | None]:
+        recipe = baseline_recipe(arch, which, given)
+        return recipe.lr, recipe.weight_decay
+
+    assert settings("figure1", "fast") == settings("figure1", "assignment", optimizer="muon") == (0.1, 0.02)
+    assert settings("figure1", "fast", optimizer="adam") == settings("figure1", "assignment") == (1e-3, 0.0)
+    assert settings("figure1", "fast", optimizer="adamw", lr=0.005) == (0.005, 5e-4)
+    assert settings("figure1", "fast", optimizer="sgd") == settings("figure1", "fast", optimizer="auto") == (0.2, 5e-4)
+    assert settings("identity", "assignment", optimizer="sgd", weight_decay=0.1) == (0.04, 0.1)
 
 
 def test_the_registered_name_means_the_same() -> None:
@@ -78,7 +83,7 @@ def test_too_few_steps_are_told_with_settings_that_give_enough() -> None:
     recipe = dataclasses.replace(baseline_recipe("figure1", "fast", {}), views=1)
     assert few_steps(recipe, 400) == (
         "400 images in batches of 128 make 60 training steps in 15 epochs, which is little for a network that starts "
-        "from nothing; --batch-size 16 --lr 0.025 --epochs 20 gives it 500 or more."
+        "from nothing; --batch-size 16 --lr 0.0125 --epochs 20 gives it 500 or more."
     )
     assert few_steps(recipe, 50_000) is None
     better = dataclasses.replace(recipe, batch_size=16, lr=0.025, epochs=20)
@@ -104,7 +109,7 @@ def test_show_recipe_prints_what_a_run_would_take() -> None:
     done = CliRunner().invoke(app, ["baseline", "--arch", "identity", "--show-recipe", "--epochs", "3"])
     assert done.exit_code == 0
     shown = tomllib.loads(done.stdout)
-    assert (shown["arch"], shown["lr"], shown["epochs"]) == ("finetune_identity", 0.04, 3)
+    assert (shown["arch"], shown["lr"], shown["epochs"]) == ("finetune_identity", 0.05, 3)
 
 
 def test_the_assignments_page_has_commands_that_are_understood() -> None:

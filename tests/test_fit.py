@@ -261,17 +261,20 @@ def test_a_finite_loss_is_let_through() -> None:
 
 
 def test_the_moving_average_is_one() -> None:
-    recipe = replace(SMALL, ema=0.75, epochs=1)
+    recipe = replace(SMALL, ema=0.75, epochs=8)
     trainer, split = make_trainer(recipe), make_split()
     shadow: dict[str, torch.Tensor] = {}
-    for rows, views in epoch_batches(30, 4, 2, 0, recipe):
+    batches = [batch for epoch in range(8) for batch in epoch_batches(30, 4, 2, epoch, recipe)]
+    assert len(batches) / (9 + len(batches)) > 0.75  # past the warm-up
+    for done, (rows, views) in enumerate(batches):
         trainer.suffix.train()
         trainer.step(split.source.take(rows, views), split.labels[rows])
+        decay = min(0.75, (1 + done) / (10 + done))
         for name, value in trainer.suffix.state_dict().items():
             if name not in shadow:
                 shadow[name] = value.clone().double()
             else:
-                shadow[name] = 0.75 * shadow[name] + 0.25 * value
+                shadow[name] = decay * shadow[name] + (1 - decay) * value
     averaged = trainer.evaluated.state_dict()
     assert trainer.evaluated is not trainer.suffix
     for name, value in shadow.items():
