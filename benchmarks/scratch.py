@@ -2,9 +2,11 @@
 
     python benchmarks/scratch.py
     python benchmarks/scratch.py --arch figure1 multistage --output
+    python benchmarks/scratch.py --optimizer sgd
 
 The plain loop: torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL images, a DataLoader with
 two workers, SGD with Nesterov momentum, fp32. Same network, same images, same batch size, same kind of augmentation.
+finetune takes its recipe's optimiser unless another is named; with sgd both sides take the same steps.
 Each candidate runs in a process of its own, one after the other; medians of the rounds are compared.
 """
 
@@ -88,7 +90,7 @@ def plain_loop(part: Path, arch: str, batch: int, device: str = "cpu", workers: 
     return rate(DataLoader(Pictures(), batch, shuffle=True, **usual), step)
 
 
-def ours(part: Path, arch: str, batch: int, compile_mode: str, device: str = "cpu") -> float:
+def ours(part: Path, arch: str, batch: int, compile_mode: str, device: str = "cpu", optimizer: str = "muon") -> float:
     """Train two epochs as `finetune baseline` does; formats are chosen as for all of CIFAR-100.
 
     Args:
@@ -97,6 +99,7 @@ def ours(part: Path, arch: str, batch: int, compile_mode: str, device: str = "cp
         batch: images per step.
         compile_mode: as for --compile.
         device: as for --device.
+        optimizer: as for --optimizer.
 
     Returns:
         Images per second of the second epoch; the first one holds first calls and compiling.
@@ -115,7 +118,7 @@ def ours(part: Path, arch: str, batch: int, compile_mode: str, device: str = "cp
     with tempfile.TemporaryDirectory() as folder, choices_of_whole_job(), suppress(StoppedError):
         given = {
             "data": str(part), "batch_size": batch, "epochs": 3, "val_fraction": 0.0, "lr": 0.01, "device": device,
-            "compile": compile_mode, "cache_dir": Path(folder) / "cache",
+            "optimizer": optimizer, "compile": compile_mode, "cache_dir": Path(folder) / "cache",
         }  # fmt: skip
         run(
             baseline_recipe(arch, "fast", given),
@@ -133,7 +136,7 @@ def measure(args: argparse.Namespace, arch: str, part: Path) -> Rates:
         for name, rates in found.items():
             command = [
                 sys.executable, __file__, "--step", name, "--arch", arch, "--data", str(part),
-                "--batch-size", str(args.batch_size), "--compile", args.compile,
+                "--batch-size", str(args.batch_size), "--compile", args.compile, "--optimizer", args.optimizer,
             ]  # fmt: skip
             rates.append(float(json.loads(run_process(command).output.splitlines()[-1])))
         told = ", ".join(f"{name} {rates[-1]:,.1f} img/s" for name, rates in found.items())
@@ -161,6 +164,7 @@ def read_options() -> argparse.Namespace:
     add("--batch-size", type=int, default=128, help="default: 128")
     add("--rounds", type=int, default=3, help="how often each candidate runs (default: 3)")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="as for finetune baseline (default: auto)")
+    add("--optimizer", choices=("muon", "sgd"), default="muon", help="finetune baseline's (default: muon)")
     add("--output", type=Path, nargs="?", const=RESULTS, help="write a dated result (default: benchmarks/results)")
     add("--step", choices=("plain", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -175,8 +179,10 @@ def main() -> None:
     args = read_options()
     if args.step:
         part, arch = Path(args.data), args.arch[0]
-        plain = args.step == "plain"
-        print(plain_loop(part, arch, args.batch_size) if plain else ours(part, arch, args.batch_size, args.compile))
+        if args.step == "plain":
+            print(plain_loop(part, arch, args.batch_size))
+        else:
+            print(ours(part, arch, args.batch_size, args.compile, optimizer=args.optimizer))
         return
     about = {**conditions(), "command": command_line()}
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +193,7 @@ def main() -> None:
     heading = ["network", "plain loop img/s", "finetune baseline img/s", "times", "single rounds", "bar", ""]
     text = (
         f"{args.images:,} training images of {data}, batches of {args.batch_size}, medians of {args.rounds}, "
-        f"candidates in turn.{few} The bars are meant for two cores.\n\n"
+        f"candidates in turn, finetune baseline with {args.optimizer}.{few} The bars are meant for two cores.\n\n"
         f"{table(heading, [row(arch, rates) for arch, rates in found.items()])}"
     )
     print(text)

@@ -28,11 +28,12 @@ from finetune.plan import Plan
 from finetune.precision import DTYPES, Choice, choose, compile_module, frozen_part_named, largest_that_runs, remembered
 from finetune.prefix import PreparedPrefix, prepare_prefix
 from finetune.ranks import Ranks
-from finetune.recipe import Recipe, parse_bytes
+from finetune.recipe import Recipe
 from finetune.residency import ImagePlace, place_images
 from finetune.sharing import own_block
 from finetune.skipping import Skipping
 from finetune.sources import FeatureBuilder
+from finetune.units import parse_bytes
 from finetune.windows import Windows, choose_windows
 from weights.errors import UsageError
 

@@ -15,10 +15,11 @@ import torch
 from finetune.data import read_data
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet, RawData, first_few
-from finetune.recipe import Recipe, from_table, parse_bytes, read_toml
+from finetune.recipe import Recipe, from_table, read_toml
 from finetune.rundir import RECIPE
 from finetune.splits import make_splits, pixel_digests
 from finetune.trained import Trained
+from finetune.units import parse_bytes
 from weights.errors import DataError, UsageError
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}

@@ -15,9 +15,10 @@ from finetune.memory import optimizer_states
 from finetune.models import Prepared
 from finetune.placement import free_disk
 from finetune.plan import Disk, Plan, Streaming
-from finetune.recipe import Recipe, parse_seconds
+from finetune.recipe import Recipe
 from finetune.skipping import Skipping
 from finetune.stream import Streamed
+from finetune.units import parse_seconds
 
 if TYPE_CHECKING:
     from finetune.compute import Computing

@@ -32,12 +32,13 @@ from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.ranks import Ranks
-from finetune.recipe import PLACES, Recipe, check, flag, parse_bytes, resolve_auto, to_table
+from finetune.recipe import PLACES, Recipe, check, flag, resolve_auto, to_table
 from finetune.rundir import require_empty
 from finetune.scratch import few_steps
 from finetune.sharing import require_rows
 from finetune.sources import images_sha256
 from finetune.stream import HEADROOM
+from finetune.units import parse_bytes
 from weights.errors import StoppedError, UsageError, WeightsError
 from weights.locate import Found
 

@@ -27,8 +27,8 @@ from finetune.job import Job
 from finetune.merge import join
 from finetune.one_pass import InMemory, OnDisk, run_pass
 from finetune.placement import Placement, place
-from finetune.recipe import parse_bytes
 from finetune.sources import FeatureBuilder
+from finetune.units import parse_bytes
 from weights.errors import UsageError
 
 Held = dict[str, list[torch.Tensor]]

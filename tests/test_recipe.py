@@ -15,13 +15,12 @@ from finetune.recipe import (
     check,
     flag,
     from_table,
-    parse_bytes,
-    parse_seconds,
     read_toml,
     resolve_auto,
     to_table,
     to_toml,
 )
+from finetune.units import parse_bytes, parse_seconds
 from weights.errors import UsageError
 
 OTHER: dict[str, Any] = {
