@@ -24,7 +24,7 @@ PANELS = {
     ),
     "Training": (
         "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
-        "label_smoothing", "class_weights", "ema", "budget", "patience", "seed",
+        "label_smoothing", "class_weights", "ema", "freeze_norms", "budget", "patience", "seed",
     ),
     "Machine": (
         "device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget", "image_memory", "log",

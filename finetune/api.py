@@ -54,6 +54,7 @@ class BaselineSettings(TypedDict, total=False):
     label_smoothing: float
     class_weights: str
     ema: float
+    freeze_norms: float
     budget: str | None
     patience: int
     augment: str

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
@@ -113,6 +114,7 @@ class Trainer:
         self.skipping = Skipping(images, self.epochs, recipe.skip_easy or 0.0)
         self.batches = [-(-self.skipping.kept(epoch) // recipe.batch_size) for epoch in range(self.epochs)]
         self.losses = torch.zeros(images if recipe.skip_easy else 0, device=device)
+        self.norms = [module for module in suffix.modules() if isinstance(module, _BatchNorm)]
         self.optimizer = make_optimizer(suffix, fresh, recipe)
         self.schedule: LRScheduler | PacedSchedule = (
             PacedSchedule(self.optimizer, recipe, sum(self.batches), budget)
@@ -136,6 +138,7 @@ class Trainer:
         Returns:
             Each image's loss before `weights`, float32 (B,), and whether it was right, bool (B,); on the device.
         """
+        self._freeze_norms()
         with autocast(self.device, self.dtype):
             logits = self.forward(*cast(inputs, self.dtype))
             losses = self._losses(logits.float(), labels)
@@ -147,6 +150,15 @@ class Trainer:
         if self.average is not None:
             update_average(self.average, self.suffix)
         return losses.detach(), logits.argmax(1) == labels
+
+    def _freeze_norms(self) -> None:
+        """From the share of training that the recipe names on, let batch norms normalise as they will in evaluation."""
+        if not self.recipe.freeze_norms or self.share < 1 - self.recipe.freeze_norms:
+            return
+        if moving := [norm for norm in self.norms if norm.training]:  # each epoch sets all modules to training again
+            self.ranks.share_buffers(self.suffix)  # each process has moved them by its own images
+            for norm in moving:
+                norm.eval()
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss of each image (B,), with its class's weight.
@@ -161,6 +173,13 @@ class Trainer:
     def evaluated(self) -> nn.Module:
         """The module whose predictions count: the moving average where there is one."""
         return self.suffix if self.average is None else self.average.module
+
+    @property
+    def share(self) -> float:
+        """The share of training that is done, 0 to 1: of its steps, or of a budget's time where that leads."""
+        if isinstance(self.schedule, PacedSchedule):
+            return self.schedule.share
+        return self.schedule.last_epoch / sum(self.batches)  # PyTorch's name for the number of steps
 
     @property
     def over(self) -> bool:

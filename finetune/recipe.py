@@ -77,6 +77,11 @@ class Recipe:
         choices=("none", "balanced"),
     )
     ema: float = _setting(0.0, "Decay of an exponential moving average of the weights, such as 0.998; 0 is off.")
+    freeze_norms: float = _setting(
+        0.0,
+        "Share of training, at its end, in which batch norms keep their statistics (0 to 1): for norms that are used "
+        "several times, or on small batches.",
+    )
     budget: str | None = _setting(
         None, "Time that the run may take, such as 20m or 2h: training ends in time, its schedule with it."
     )
@@ -187,6 +192,8 @@ def check(recipe: Recipe) -> None:
     for name, number in below_one.items():
         if not 0 <= number < 1:
             raise UsageError(f"{flag(name)} is {number}; give a number from 0 to below 1.")
+    if not 0 <= recipe.freeze_norms <= 1:
+        raise UsageError(f"--freeze-norms is {recipe.freeze_norms}; give a number from 0 to 1.")
     if not 0 <= decay < float("inf"):
         raise UsageError(f"{flag('weight_decay')} is {recipe.weight_decay}; give 0 or more.")
     if not 0 <= recipe.patience <= MOST:

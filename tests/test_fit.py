@@ -282,6 +282,29 @@ def test_the_moving_average_is_one() -> None:
             torch.testing.assert_close(averaged[name].double(), value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("share", "moved"), [(0.0, 12), (0.25, 9), (0.5, 6), (1.0, 0)])
+def test_batch_norms_keep_their_statistics_at_the_end(share: float, moved: int) -> None:
+    trainer, split = make_trainer(replace(SMALL, freeze_norms=share)), make_split()
+    assert sum(trainer.batches) == 12
+    norm, kept = trainer.suffix[1], trainer.suffix[1].running_mean.clone()
+    trainer.suffix[3].p = 0.0  # no dropout, so that two passes can be compared
+    steps = 0
+    for epoch in range(3):
+        trainer.suffix.train()
+        for rows, views in epoch_batches(30, 4, 2, epoch, trainer.recipe):
+            inputs, labels = split.source.take(rows, views), split.labels[rows]
+            trainer.suffix.eval()
+            expected = functional.cross_entropy(trainer.suffix(*inputs), labels, reduction="none").detach()
+            trainer.suffix.train()
+            before = trainer.suffix[0].weight.clone()
+            losses, _ = trainer.step(inputs, labels)
+            steps += not torch.equal(norm.running_mean, kept)
+            assert torch.allclose(losses, expected) == torch.equal(norm.running_mean, kept), "as in evaluation"
+            assert not torch.equal(trainer.suffix[0].weight, before), "all the rest goes on training"
+            kept = norm.running_mean.clone()
+    assert steps == int(norm.num_batches_tracked) == moved
+
+
 def test_without_an_average_the_suffix_itself_counts() -> None:
     trainer = make_trainer()
     assert trainer.evaluated is trainer.suffix
@@ -296,6 +319,7 @@ def test_without_an_average_the_suffix_itself_counts() -> None:
         {"optimizer": "adamw", "schedule": "constant", "ema": 0.9},
         {"optimizer": "sgd", "skip_easy": 0.5},
         {"optimizer": "muon", "ema": 0.9},
+        {"optimizer": "sgd", "freeze_norms": 0.55},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )

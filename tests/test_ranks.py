@@ -172,6 +172,17 @@ def test_two_processes_go_on_where_one_was_stopped(vit: tuple[Recipe, Path], tmp
     assert sorted(entry.name for entry in folder.iterdir()) == sorted(entry.name for entry in whole.iterdir())
 
 
+def test_batch_norms_that_keep_their_statistics_do_so_in_all_processes(place: Path, tmp_path: Path) -> None:
+    """Then no mean over a part of a batch is left, and two processes train as one does."""
+    recipe = recipe_of(place, "test_resnet", freeze_norms=1.0)
+    run(recipe, tmp_path / "whole")
+    (tmp_path / "own.toml").write_text(to_toml(recipe))
+    words = ("run", "--config", str(tmp_path / "own.toml"), "--output", str(tmp_path / "run"))
+    (first, told), (second, silent) = start_two(tmp_path, words)
+    assert (first, second) == (0, 0), (told, silent)
+    require_same_losses(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_process_with_other_settings(vit: tuple[Recipe, Path], tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(to_toml(vit[0]))
     words = ("run", "--config", str(tmp_path / "own.toml"), "--output", str(tmp_path / "run"))
