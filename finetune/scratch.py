@@ -115,10 +115,12 @@ BY_OPTIMIZER: dict[str, dict[str, Any]] = {
 }
 """What goes with an optimiser that is not the recipe's own: a rate and a decay suit one of them; auto is sgd here."""
 
-SGD_BY_NETWORK: dict[str, dict[str, Any]] = {
+OPTIMIZER_BY_NETWORK: dict[str, dict[str, dict[str, Any]]] = {
+    "muon": FAST_BY_NETWORK,
     # Without a norm behind its last stage it diverges at 0.2 in bf16.
-    "identity": {"lr": 0.04},
+    "sgd": {"identity": {"lr": 0.04}},
 }
+"""Where a network wants something else with that optimiser."""
 
 
 def choose_baseline(arch: str | None, which: str | None, given: dict[str, Any], config: Path | None) -> Recipe:
@@ -178,7 +180,7 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
     asked = given.get("optimizer", settings["optimizer"])
     if asked != settings["optimizer"]:
         asked = "sgd" if asked == AUTO else asked
-        settings |= BY_OPTIMIZER.get(asked, {}) | (SGD_BY_NETWORK.get(arch, {}) if asked == "sgd" else {})
+        settings |= BY_OPTIMIZER.get(asked, {}) | OPTIMIZER_BY_NETWORK.get(asked, {}).get(arch, {})
     return replace(Recipe(), **{**settings, **given})
 
 

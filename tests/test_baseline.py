@@ -64,6 +64,7 @@ def test_another_optimiser_brings_a_rate_and_a_decay_of_its_kind() -> None:
     assert settings("figure1", "fast", optimizer="adamw", lr=0.005) == (0.005, 5e-4)
     assert settings("figure1", "fast", optimizer="sgd") == settings("figure1", "fast", optimizer="auto") == (0.2, 5e-4)
     assert settings("identity", "assignment", optimizer="sgd", weight_decay=0.1) == (0.04, 0.1)
+    assert settings("identity", "assignment", optimizer="muon") == settings("identity", "fast") == (0.05, 0.02)
 
 
 def test_the_registered_name_means_the_same() -> None:
