@@ -184,16 +184,7 @@ def check(recipe: Recipe) -> None:
             f"--lr {lr:g} with --head-lr-scale {recipe.head_lr_scale:g} and --weight-decay "
             f"{decay:g} is more than 32-bit numbers can hold; lower --lr (0.01 is usual)."
         )
-    below_one = {
-        "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
-        "warmup": recipe.warmup, "val_fraction": recipe.val_fraction, "dropout": recipe.dropout or 0.0,
-        "skip_easy": recipe.skip_easy or 0.0,
-    }  # fmt: skip
-    for name, number in below_one.items():
-        if not 0 <= number < 1:
-            raise UsageError(f"{flag(name)} is {number}; give a number from 0 to below 1.")
-    if not 0 <= recipe.freeze_norms <= 1:
-        raise UsageError(f"--freeze-norms is {recipe.freeze_norms}; give a number from 0 to 1.")
+    _check_shares(recipe)
     if not 0 <= decay < float("inf"):
         raise UsageError(f"{flag('weight_decay')} is {recipe.weight_decay}; give 0 or more.")
     if not 0 <= recipe.patience <= MOST:
@@ -220,6 +211,20 @@ def check(recipe: Recipe) -> None:
     if recipe.budget is not None:
         parse_seconds(recipe.budget, "--budget")
     require_log(recipe.log)
+
+
+def _check_shares(recipe: Recipe) -> None:
+    """Check the settings that are part of a whole; errors as `check`."""
+    below_one = {
+        "momentum": recipe.momentum, "label_smoothing": recipe.label_smoothing, "ema": recipe.ema,
+        "warmup": recipe.warmup, "val_fraction": recipe.val_fraction, "dropout": recipe.dropout or 0.0,
+        "skip_easy": recipe.skip_easy or 0.0,
+    }  # fmt: skip
+    for name, number in below_one.items():
+        if not 0 <= number < 1:
+            raise UsageError(f"{flag(name)} is {number}; give a number from 0 to below 1.")
+    if not 0 <= recipe.freeze_norms <= 1:
+        raise UsageError(f"--freeze-norms is {recipe.freeze_norms}; give a number from 0 to 1.")
 
 
 def peak_rate(recipe: Recipe) -> float:
