@@ -52,12 +52,19 @@ SCRATCH: dict[str, Any] = {
 }
 """What every from-scratch run has: nothing is loaded and everything trains, on images of 32 × 32 pixels."""
 
+BY_OPTIMIZER: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.2, "weight_decay": 5e-4},
+    "muon": {"lr": 0.1, "weight_decay": 0.02},
+    "adam": {"lr": 1e-3, "weight_decay": 0.0},
+    "adamw": {"lr": 1e-3, "weight_decay": 5e-4},
+}
+"""Peak rate and weight decay that suit each optimiser; auto is sgd here."""
+
 FAST: dict[str, Any] = {
     **SCRATCH,
     "optimizer": "muon",
-    "lr": 0.1,
+    **BY_OPTIMIZER["muon"],
     "batch_size": 128,
-    "weight_decay": 0.02,
     "schedule": "onecycle",
     "label_smoothing": 0.1,
     "ema": 0.0,
@@ -82,9 +89,8 @@ BY_RECIPE = ("epochs", *(name for name in FAST if name not in DECIDED))
 ASSIGNMENT: dict[str, Any] = {
     **SCRATCH,
     "optimizer": "adam",
-    "lr": 1e-3,
+    **BY_OPTIMIZER["adam"],
     "batch_size": 64,
-    "weight_decay": 0.0,
     "schedule": "constant",
     "label_smoothing": 0.0,
     "ema": 0.999,
@@ -106,14 +112,6 @@ ASSIGNMENT_BY_NETWORK: dict[str, dict[str, Any]] = {
     "vgg16": ONE_MORE_EPOCH,
     "resnet50_layer4": ONE_MORE_EPOCH,
 }
-
-BY_OPTIMIZER: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.2, "weight_decay": 5e-4},
-    "muon": {"lr": 0.1, "weight_decay": 0.02},
-    "adam": {"lr": 1e-3, "weight_decay": 0.0},
-    "adamw": {"lr": 1e-3, "weight_decay": 5e-4},
-}
-"""What goes with an optimiser that is not the recipe's own: a rate and a decay suit one of them; auto is sgd here."""
 
 OPTIMIZER_BY_NETWORK: dict[str, dict[str, dict[str, Any]]] = {
     "muon": FAST_BY_NETWORK,
