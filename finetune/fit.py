@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
@@ -114,7 +113,7 @@ class Trainer:
         self.skipping = Skipping(images, self.epochs, recipe.skip_easy or 0.0)
         self.batches = [-(-self.skipping.kept(epoch) // recipe.batch_size) for epoch in range(self.epochs)]
         self.losses = torch.zeros(images if recipe.skip_easy else 0, device=device)
-        self.norms = [module for module in suffix.modules() if isinstance(module, _BatchNorm)]
+        self.norms = [module for module in suffix.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self.optimizer = make_optimizer(suffix, fresh, recipe)
         self.schedule: LRScheduler | PacedSchedule = (
             PacedSchedule(self.optimizer, recipe, sum(self.batches), budget)

@@ -110,7 +110,7 @@ SPLIT = Split(Rows(torch.randn(30, 6, generator=torch.Generator().manual_seed(0)
 SIZES = [len(rows) for rows, _ in epoch_batches(30, 4, 1, 0, SMALL)]
 
 
-def make_trainer(until: float, clock: Clock) -> Trainer:
+def make_trainer(until: float, clock: Clock, recipe: Recipe = SMALL) -> Trainer:
     """A small network of whose training steps each takes a second."""
     torch.manual_seed(0)
     suffix = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
@@ -120,7 +120,7 @@ def make_trainer(until: float, clock: Clock) -> Trainer:
         return suffix(values)
 
     budget = Budget(until, clock)
-    return Trainer(suffix, frozenset(), SMALL, 30, torch.float32, torch.device("cpu"), forward, budget=budget)
+    return Trainer(suffix, frozenset(), recipe, 30, torch.float32, torch.device("cpu"), forward, budget=budget)
 
 
 def listen(save: Callable[[Progress, bool], None] = lambda progress, best: None, *, stop_after: int = 99) -> Listener:
@@ -143,6 +143,14 @@ def test_a_budget_shorter_than_an_epoch() -> None:
     assert trainer.optimizer.param_groups[0]["lr"] < 0.05 / 1000
     assert fit(trainer, SPLIT, SPLIT, progress, listen())  # as after a resume: there is nothing left to do
     assert progress.epoch == 1
+
+
+@pytest.mark.parametrize(("until", "moved", "steps"), [(1e6, 6, 12), (6.5, 4, 7)])
+def test_norms_keep_still_from_the_middle_of_the_time(until: float, moved: int, steps: int) -> None:
+    clock = Clock()
+    trainer = make_trainer(until, clock, dataclasses.replace(SMALL, freeze_norms=0.5))
+    assert fit(trainer, SPLIT, None, Progress(), listen())
+    assert (int(trainer.suffix[1].num_batches_tracked), clock.now) == (moved, steps)
 
 
 def test_a_resumed_run_decides_as_the_one_that_was_not_stopped() -> None:
