@@ -130,8 +130,10 @@ def test_settings() -> None:
         ("multistage", {"blocks": (2, 2)}, "blocks is 2,2, and this network needs 3 whole numbers of at least 1"),
         ("identity", {"blocks": (2, 0, 2, 2)}, "blocks is 2,0,2,2, and this network needs 4 whole numbers"),
         ("singlestage", {"blocks": (2, 2)}, "blocks is 2,2, and this network needs one number of at least 1; give for"),
+        ("identity", {"blocks": (2, 10**20, 2, 2)}, "blocks is 2,100000000000000000000,2,2; give at most 1,000 for a"),
         ("identity", {"shortcut": "C"}, "shortcut is C; it can be A (max-pool and zeros) or B (1 × 1"),
-        ("vgg16", {"hidden": 0}, "hidden is 0; give the width of the linear layers"),
+        ("vgg16", {"hidden": 0}, "hidden is 0; give the width of the linear layers, from 1 to 16,384."),
+        ("vgg16", {"hidden": 10**7}, "hidden is 10000000; give the width of the linear layers, from 1 to 16,384."),
         ("figure1", {"dropout": 1}, "dropout is 1; give a number from 0 (off) to below 1."),
     ],
 )

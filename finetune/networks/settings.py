@@ -6,16 +6,19 @@ from collections.abc import Sequence
 
 from weights.errors import UsageError
 
+MOST_BLOCKS = 1000
+"""Of a stage. He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2, go up to 200."""
+
 
 def check_blocks(blocks: int | Sequence[int], stages: int) -> tuple[int, ...]:
     """Return the number of blocks in each stage.
 
     Args:
-        blocks: one number per stage, each at least 1; a network of one stage takes a plain number too.
+        blocks: one number per stage, each 1 to `MOST_BLOCKS`; a network of one stage takes a plain number too.
         stages: how many stages there are.
 
     Raises:
-        UsageError: the wrong number of numbers, or one below 1.
+        UsageError: the wrong number of numbers, or one below 1 or beyond `MOST_BLOCKS`.
     """
     given = (blocks,) if isinstance(blocks, int) else tuple(blocks)
     if len(given) != stages or any(not isinstance(number, int) or number < 1 for number in given):
@@ -23,6 +26,8 @@ def check_blocks(blocks: int | Sequence[int], stages: int) -> tuple[int, ...]:
         found = ",".join(map(str, given)) or "empty"
         example = ",".join(["2"] * stages)
         raise UsageError(f"blocks is {found}, and this network needs {expected}; give for example {example}.")
+    if max(given) > MOST_BLOCKS:
+        raise UsageError(f"blocks is {','.join(map(str, given))}; give at most {MOST_BLOCKS:,} for a stage.")
     return given
 
 

@@ -24,6 +24,9 @@ from weights.errors import UsageError
 
 CONFIGURATION_D = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
+MOST_HIDDEN = 16384
+"""Width of a linear layer: four times the paper's. Its square already fills a GB."""
+
 
 class VGG16(Classifier):
     """VGG-16 with batch norm: 15,253,578 parameters with hidden 512 and 10 classes."""
@@ -40,11 +43,11 @@ class VGG16(Classifier):
             dropout: probability that one of their outputs is set to 0 in training.
 
         Raises:
-            UsageError: a hidden width below 1, or a dropout outside 0 to below 1.
+            UsageError: a hidden width outside 1 to `MOST_HIDDEN`, or a dropout outside 0 to below 1.
         """
         super().__init__()
-        if hidden < 1:
-            raise UsageError(f"hidden is {hidden}; give the width of the linear layers, a number of at least 1.")
+        if not 1 <= hidden <= MOST_HIDDEN:
+            raise UsageError(f"hidden is {hidden}; give the width of the linear layers, from 1 to {MOST_HIDDEN:,}.")
         self.features = _features(in_chans)
         self.pool = nn.Identity()  # the fifth max-pool leaves one value per channel
         self.num_classes, self.num_features = num_classes, hidden
