@@ -71,8 +71,9 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module, head: Collection
     """Apply timm's own conversion of foreign names and of position embeddings for another image size, if it helps.
 
     The conversion is tried only when tensors that the model needs are absent or of another shape, and kept only when
-    more of them fit afterwards: timm's functions are written for the files they know, and may fail on, or spoil, any
-    other. A kernel that it resampled is put back: weights with other patches are those of another network.
+    more of them fit afterwards, or as many fit and more are there: timm's functions are written for the files they
+    know, and may fail on, or spoil, any other. A kernel that it resampled is put back: weights with other patches are
+    those of another network.
 
     Args:
         tensors: tensors by name, as `plain_names` gives them.
@@ -86,6 +87,11 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module, head: Collection
         WeightsError: one of our own networks' conversions knows the names and finds tensors that have no place.
     """
     wanted = {name: place for name, place in model.state_dict().items() if not under(name, head)}
+
+    def score(found: Mapping[str, Tensor]) -> tuple[int, int]:
+        """How many tensors fit, and how many are there at all, as those of a head for other classes are."""
+        return _fitting(found, wanted), len(wanted.keys() & found.keys())
+
     convert = _timm_filter(model)
     if convert is None or _fitting(tensors, wanted) == len(wanted):
         return dict(tensors)
@@ -98,7 +104,7 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module, head: Collection
     for name in named.keys() & tensors.keys():
         if named[name].numel() != tensors[name].numel() and _is_kernel(model, name):
             named[name] = tensors[name]
-    return named if _fitting(named, wanted) > _fitting(tensors, wanted) else dict(tensors)
+    return named if score(named) > score(tensors) else dict(tensors)
 
 
 def _unwrap(checkpoint: object, where: str) -> dict[Any, Any]:
