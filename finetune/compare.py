@@ -50,12 +50,14 @@ class RunResult:
     def by_time(self) -> tuple[list[float], list[float], str]:
         """Return (seconds since the start, accuracy in percent) after each epoch, and what the accuracy is of.
 
-        Time counts features (the test's come after the last epoch and do not count), training and evaluation. It is
-        of validation images where there are some, else of the training images in passing: the test split is read once
-        and has no curve.
+        Time counts choosing formats and compiling, features (the test's come after the last epoch and do not count),
+        training and evaluation. Accuracy is of validation images where there are some, else of the training images in
+        passing: the test split is read once and has no curve.
         """
         key = "val_accuracy" if all(row["val_accuracy"] is not None for row in self.rows) else "train_accuracy"
-        clock = float(self.summary["seconds"]["prefix"]) - float(self.summary["features"].get("test_seconds", 0.0))
+        spent = self.summary["seconds"]
+        test = float(self.summary["features"].get("test_seconds", 0.0))
+        clock = float(spent["compile"]) + float(spent["prefix"]) - test
         seconds, values = [], []
         for row in self.rows:
             clock += row["seconds"] + row["eval_seconds"]
@@ -88,7 +90,7 @@ class Explained:
     @property
     def sentence(self) -> str:
         """The conclusion that follows from the numbers."""
-        if self.points == 0:
+        if self.points < 0.05:  # 0.0 as it is printed
             return f"{self.better} and {self.other} get the same share of the test images right."
         if self.fit > 0 and self.fit >= self.gap:
             why = "less under-fitting" if self.gap < 0.1 * self.points else "less under-fitting and less over-fitting"
@@ -189,10 +191,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     for run in runs[1:]:
         for key, what in (("sha256", "data"), ("test_sha256", "test images")):
             if run.summary["data"].get(key) != first.summary["data"].get(key):
-                raise UsageError(
-                    f"{first.path} and {run.path} were made on different {what} ({first.summary['data']['name']} and "
-                    f"{run.summary['data']['name']}), so their results cannot be compared; give runs on the same data."
-                )
+                raise _refuse(first, run, what)
     tables = [_used(run.settings) for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
     differing = {name: [table.get(name) for table in tables] for name in names}
@@ -201,6 +200,20 @@ def compare(paths: Sequence[Path]) -> Comparison:
         differing["weights"] = [one["source"] if one["sha256"] else "none" for one in weights]
     differing = {name: values for name, values in differing.items() if any(value != values[0] for value in values)}
     return Comparison(tuple(runs), differing, tuple(_explain(runs)))
+
+
+def _refuse(first: RunResult, other: RunResult, what: str) -> UsageError:
+    """Return the error of runs on different data; photos that were decoded to two sizes are different data."""
+    names = [str(run.summary["data"]["name"]) for run in (first, other)]
+    sizes = [run.settings.get("image_size") for run in (first, other)]
+    way = "give runs on the same data"
+    if names[0] == names[1] and sizes[0] != sizes[1]:
+        names = [f"{name} at --image-size {size}" for name, size in zip(names, sizes, strict=True)]
+        way += ", at one --image-size"
+    return UsageError(
+        f"{first.path} and {other.path} were made on different {what} ({names[0]} and {names[1]}), so their results "
+        f"cannot be compared; {way}."
+    )
 
 
 def _used(settings: dict[str, Any]) -> dict[str, Any]:

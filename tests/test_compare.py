@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ def test_time_runs_on_from_the_features(runs: list[Path]) -> None:
     seconds, values, of = one.by_time()
     prefix, test = one.summary["seconds"]["prefix"], one.summary["features"]["test_seconds"]
     assert 0 < test < prefix
-    trained = prefix - test + one.rows[0]["seconds"] + one.rows[0]["eval_seconds"]
+    one.summary["seconds"]["compile"] = 3.0
+    (seconds, values, of), before = one.by_time(), seconds
+    assert seconds == pytest.approx([second + 3 for second in before]), "choosing and compiling are waited for too"
+    trained = 3 + prefix - test + one.rows[0]["seconds"] + one.rows[0]["eval_seconds"]
     assert seconds[0] == pytest.approx(trained), "the test's features come after the last epoch"
     assert of == "validation"
     assert len(seconds) == len(values) == 2
@@ -123,6 +127,7 @@ def test_the_conclusion_follows_from_the_numbers(fit: float, gap: float, why: st
 
 
 def test_runs_that_are_equal() -> None:
+    assert "0.0" not in Explained("a", "b", 0.04, 0.05, -0.01).sentence
     assert Explained("a", "b", 0.0, 1.0, -1.0).sentence == "a and b get the same share of the test images right."
 
 
@@ -140,6 +145,23 @@ def test_other_data_are_refused(runs: list[Path], tmp_path: Path, key: str, what
     assert str(error.value) == (
         f"{runs[0]} and {other} were made on different {what} (photos and cats), so their results cannot be compared; "
         "give runs on the same data."
+    )
+
+
+def test_photos_at_two_sizes_are_told(runs: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    summary, recipe = other / "summary.json", other / "recipe.toml"
+    told = json.loads(summary.read_text())
+    told["data"]["sha256"] = "0" * 64
+    summary.write_text(json.dumps(told))
+    before = next(line for line in recipe.read_text().splitlines() if line.startswith("image_size"))
+    recipe.write_text(recipe.read_text().replace(before, "image_size = 96"))
+    with pytest.raises(UsageError) as error:
+        compare([runs[0], other])
+    assert (
+        "and photos at --image-size 96), so their results cannot be compared; give runs on the same data, at one"
+        in (str(error.value))
     )
 
 
