@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import timm
 import torch
@@ -32,10 +33,16 @@ def catalog(search: str = "") -> list[Listed]:
     """Return architectures by name, ours first.
 
     Args:
-        search: part of a name, or a pattern with `*` and `?`; empty is everything.
+        search: part of a name, with or without a tag, or a pattern with `*` and `?`, in any case; empty is everything.
     """
-    pattern = search if set("*?[") & set(search) or not search else f"*{search}*"
-    names = timm.list_models(pattern)
+    pattern = (search if set("*?[") & set(search) else f"*{search}*").lower()
+
+    def matches(name: str) -> bool:
+        return any(
+            fnmatchcase(full.lower(), pattern) for full in (name, *(f"{name}.{tag}" for tag in known_tags(name)))
+        )
+
+    names = [name for name in timm.list_models() if matches(name)]
     ours = [name for name in names if name.startswith(PREFIX) and name.removeprefix(PREFIX) in NETWORKS]
     found = []
     for name in ours:

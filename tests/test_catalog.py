@@ -26,6 +26,8 @@ def test_a_search_finds_parts_of_names_and_patterns() -> None:
     assert all("resnet18" in name for name in names)
     assert "resnet18" in [one.name for one in catalog("resnet1?")]
     assert "resnet101" not in [one.name for one in catalog("resnet1?")]
+    assert [one.name for one in catalog("ResNet18.A1_in1k")] == ["resnet18"]
+    assert "resnet18" in [one.name for one in catalog("a1_in1k")]
     assert "tv_in1k" in next(one.tags for one in catalog("resnet18*") if one.name == "resnet18")
 
 
