@@ -107,10 +107,14 @@ def _number_or_auto(name: str, *, whole: bool) -> Callable[[str], float | str]:
 def _lists(settings: dict[str, Any]) -> dict[str, Any]:
     """Split the comma-separated lists among the settings."""
     lists = {item.name for item in dataclasses.fields(Recipe) if str(item.type).startswith("tuple")}
-    return {
+    split = {
         name: tuple(part.strip() for part in value.split(",") if part.strip()) if name in lists else value
         for name, value in settings.items()
     }
+    for name in lists & split.keys():
+        if settings[name] and not split[name]:
+            raise UsageError(f"{flag(name)} is '{settings[name]}' and names nothing; list what it is to hold, as a,b.")
+    return split
 
 
 def make_recipe(settings: dict[str, Any], config: Path | None) -> Recipe:

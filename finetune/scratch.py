@@ -85,6 +85,9 @@ FAST_BY_NETWORK: dict[str, dict[str, Any]] = {
     "figure1_shared": {"lr": 0.02, "batch_size": 64, "freeze_norms": 0.5},
 }
 
+CONTINUED = 0.1
+"""How much of `fast`'s rate is left where a run goes on from a checkpoint, so that it keeps what it has learned."""
+
 BY_RECIPE = ("epochs", *(name for name in FAST if name not in DECIDED))
 """Settings whose defaults are the recipe's."""
 
@@ -116,7 +119,7 @@ ASSIGNMENT_BY_NETWORK: dict[str, dict[str, Any]] = {
 }
 
 OPTIMIZER_BY_NETWORK: dict[str, dict[str, dict[str, Any]]] = {
-    "muon": FAST_BY_NETWORK,
+    "muon": {network: {"lr": own["lr"]} for network, own in FAST_BY_NETWORK.items()},
     # Without a norm behind its last stage it diverges at 0.2 in bf16.
     "sgd": {"identity": {"lr": 0.04}},
 }
@@ -143,6 +146,8 @@ def choose_baseline(arch: str | None, which: str | None, given: dict[str, Any], 
     settings = {name: value for name, value in held.items() if name not in (*DECIDED, "arch")}
     chosen = baseline_recipe(arch or held.get("arch", FIRST), which, {**settings, **given})
     for name in DECIDED:
+        if name == "keep_head":  # it follows from the weights that the user gives now
+            continue
         if name in held and held[name] != getattr(chosen, name):
             found = to_table(replace(chosen, **{name: held[name]}))[name]
             raise UsageError(
@@ -175,12 +180,14 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
         **special.get(arch, {}),
         "arch": f"finetune_{arch}" if arch in NETWORK_EPOCHS else arch,
     }
-    if given.get("weights", "none") != "none":
-        settings["keep_head"] = True  # a checkpoint of the same network and classes, to go on from
+    continued = given.get("weights", "none") != "none"
+    settings["keep_head"] = continued  # a checkpoint of the same network and classes, to go on from
     asked = given.get("optimizer", settings["optimizer"])
     if asked != settings["optimizer"]:
         asked = "sgd" if asked == AUTO else asked
         settings |= BY_OPTIMIZER.get(asked, {}) | OPTIMIZER_BY_NETWORK.get(asked, {}).get(arch, {})
+    if continued and which == "fast":
+        settings["lr"] *= CONTINUED
     return replace(Recipe(), **{**settings, **given})
 
 

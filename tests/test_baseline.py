@@ -67,6 +67,18 @@ def test_another_optimiser_brings_a_rate_and_a_decay_of_its_kind() -> None:
     assert settings("identity", "assignment", optimizer="muon") == settings("identity", "fast") == (0.05, 0.02)
 
 
+def test_an_optimiser_brings_nothing_else() -> None:
+    for network in ("figure1_shared", "vgg16"):
+        prescribed, moved = (baseline_recipe(network, "assignment", given) for given in ({}, {"optimizer": "muon"}))
+        assert moved == dataclasses.replace(prescribed, optimizer="muon", lr=moved.lr, weight_decay=0.02)
+
+
+def test_going_on_from_a_checkpoint_is_gentler() -> None:
+    assert baseline_recipe("multistage", "fast", {"weights": "runs/a3"}).lr == pytest.approx(0.02)
+    assert baseline_recipe("multistage", "fast", {"weights": "runs/a3", "lr": 0.2}).lr == 0.2
+    assert baseline_recipe("vgg16", "assignment", {"weights": "runs/a5"}).lr == 1e-3
+
+
 def test_the_registered_name_means_the_same() -> None:
     assert baseline_recipe("finetune_identity", "fast", {}) == baseline_recipe("identity", "fast", {})
 
@@ -232,6 +244,7 @@ def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
             "blocks is 2,2, and this network needs 4 whole numbers of",
         ),
         (["--arch", "multistage", "--blocks", "2,0,2"], "blocks is 2,0,2, and this network needs 3 whole numbers of"),
+        (["--arch", "multistage", "--blocks", ",,,"], "--blocks is ',,,' and names nothing; list what it is to hold"),
         (["--arch", "identity", "--shortcut", "C"], "shortcut is C; it can be A"),
         (["--arch", "identity", "--blocks", "2,x,2,2"], "--blocks holds 'x'; give whole numbers of at least 1"),
         (["--arch", "figure1", "--image-size", "64"], "finetune_figure1 takes images of 32 × 32 pixels and cannot be"),
