@@ -86,7 +86,10 @@ FAST_BY_NETWORK: dict[str, dict[str, Any]] = {
 }
 
 CONTINUED = 0.1
-"""How much of `fast`'s rate is left where a run goes on from a checkpoint, so that it keeps what it has learned."""
+"""How much of the rate is left where a run goes on from a checkpoint, so that it keeps what it has learned.
+
+A5 and A6 name Adam and no rate.
+"""
 
 BY_RECIPE = ("epochs", *(name for name in FAST if name not in DECIDED))
 """Settings whose defaults are the recipe's."""
@@ -186,7 +189,7 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
     if asked != settings["optimizer"]:
         asked = "sgd" if asked == AUTO else asked
         settings |= BY_OPTIMIZER.get(asked, {}) | OPTIMIZER_BY_NETWORK.get(asked, {}).get(arch, {})
-    if continued and which == "fast":
+    if continued:
         settings["lr"] *= CONTINUED
     return replace(Recipe(), **{**settings, **given})
 
