@@ -111,7 +111,7 @@ def _lists(settings: dict[str, Any]) -> dict[str, Any]:
         name: tuple(part.strip() for part in value.split(",") if part.strip()) if name in lists else value
         for name, value in settings.items()
     }
-    for name in lists & split.keys():
+    for name in (lists & split.keys()) - {"train_layers"}:  # of which `check` says what to name
         if settings[name] and not split[name]:
             raise UsageError(f"{flag(name)} is '{settings[name]}' and names nothing; list what it is to hold, as a,b.")
     return split
