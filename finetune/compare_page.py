@@ -94,7 +94,7 @@ def _curves(runs: Sequence[RunResult]) -> str:
         told += " These are not the same thing: runs without validation images show training accuracy."
     charts = [
         overlay("loss", "Training loss", "epoch", "", losses),
-        overlay("time", "Accuracy", "seconds, features included", " %", accuracies),
+        overlay("time", "Accuracy", "seconds, features and compiling included", " %", accuracies),
     ]
     return f'<div class="pair">\n{"".join(charts)}</div>\n<p class="soft">{told}</p>'
 

@@ -85,8 +85,8 @@ FAST_BY_NETWORK: dict[str, dict[str, Any]] = {
     "figure1_shared": {"lr": 0.02, "batch_size": 64, "freeze_norms": 0.5},
 }
 
-CONTINUED = 0.1
-"""How much of the rate is left where a run goes on from a checkpoint, so that it keeps what it has learned.
+GENTLER = 10
+"""How many times smaller the rate is where a run goes on from a checkpoint, so that it keeps what it has learned.
 
 A5 and A6 name Adam and no rate.
 """
@@ -190,7 +190,7 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
         asked = "sgd" if asked == AUTO else asked
         settings |= BY_OPTIMIZER.get(asked, {}) | OPTIMIZER_BY_NETWORK.get(asked, {}).get(arch, {})
     if continued:
-        settings["lr"] *= CONTINUED
+        settings["lr"] /= GENTLER
     return replace(Recipe(), **{**settings, **given})
 
 
