@@ -151,7 +151,7 @@ class EqualTime:
     """What each run had reached when the quickest one had ended.
 
     Attributes:
-        seconds: since the start of each run, features included.
+        seconds: since the start of each run, features and compiling included.
         images: what the accuracy is of: validation or training.
         accuracies: in percent, in the order of the runs; None before a run's first epoch was done.
     """
