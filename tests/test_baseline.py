@@ -21,7 +21,7 @@ from finetune.data import load_data
 from finetune.networks import NETWORKS
 from finetune.networks.registry import MEAN, STD
 from finetune.recipe import check
-from finetune.scratch import NETWORK_EPOCHS, baseline_recipe, few_steps
+from finetune.scratch import NETWORK_EPOCHS, baseline_recipe, choose_baseline, few_steps
 from weights.errors import UsageError
 
 
@@ -77,6 +77,11 @@ def test_going_on_from_a_checkpoint_is_gentler() -> None:
     assert baseline_recipe("multistage", "fast", {"weights": "runs/a3"}).lr == pytest.approx(0.02)
     assert baseline_recipe("multistage", "fast", {"weights": "runs/a3", "lr": 0.2}).lr == 0.2
     assert baseline_recipe("vgg16", "assignment", {"weights": "runs/a5"}).lr == pytest.approx(1e-4)
+
+
+def test_a_run_goes_on_by_its_own_recipe(trained: Path) -> None:
+    kept = choose_baseline(None, None, {"weights": str(trained / "run")}, trained / "run" / "recipe.toml")
+    assert (kept.keep_head, kept.blocks) == (True, ("1", "1", "2"))
 
 
 def test_the_registered_name_means_the_same() -> None:
