@@ -37,12 +37,12 @@ def catalog(search: str = "") -> list[Listed]:
     """
     pattern = (search if set("*?[") & set(search) else f"*{search}*").lower()
 
-    def matches(name: str) -> bool:
-        return any(
-            fnmatchcase(full.lower(), pattern) for full in (name, *(f"{name}.{tag}" for tag in known_tags(name)))
-        )
+    tags = {name: tuple(sorted(filter(None, known_tags(name)))) for name in timm.list_models()}
 
-    names = [name for name in timm.list_models() if matches(name)]
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(full.lower(), pattern) for full in (name, *(f"{name}.{tag}" for tag in tags[name])))
+
+    names = [name for name in tags if matches(name)]
     ours = [name for name in names if name.startswith(PREFIX) and name.removeprefix(PREFIX) in NETWORKS]
     found = []
     for name in ours:
@@ -51,5 +51,5 @@ def catalog(search: str = "") -> list[Listed]:
         found.append(Listed(name, True, sum(value.numel() for value in model.parameters()), ()))
     for name in names:
         if name not in ours:
-            found.append(Listed(name, False, None, tuple(sorted(filter(None, known_tags(name))))))
+            found.append(Listed(name, False, None, tags[name]))
     return found

@@ -191,7 +191,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     for run in runs[1:]:
         for key, what in (("sha256", "data"), ("test_sha256", "test images")):
             if run.summary["data"].get(key) != first.summary["data"].get(key):
-                raise _refuse(first, run, what)
+                raise _data_differ(first, run, what)
     tables = [_used(run.settings) for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
     differing = {name: [table.get(name) for table in tables] for name in names}
@@ -202,7 +202,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     return Comparison(tuple(runs), differing, tuple(_explain(runs)))
 
 
-def _refuse(first: RunResult, other: RunResult, what: str) -> UsageError:
+def _data_differ(first: RunResult, other: RunResult, what: str) -> UsageError:
     """Return the error of runs on different data; photos that were decoded to two sizes are different data."""
     names = [str(run.summary["data"]["name"]) for run in (first, other)]
     sizes = [run.settings.get("image_size") for run in (first, other)]
