@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import timm
@@ -193,11 +194,13 @@ def check_size(model: nn.Module, arch: Arch, size: int) -> None:
         with torch.no_grad():
             model(torch.zeros(1, int(arch.config["input_size"][0]), size, size))
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+        usual = arch.config["input_size"][-1]
         raise UsageError(
             f"{arch.name} cannot take images of {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
-            f"{arch.config['input_size'][-1]}: choose a larger --image-size, or leave it out."
+            f"{usual}: choose {'a larger' if size < usual else 'another'} --image-size, or leave it out."
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shorten(line, 120, placeholder=" ...")  # at a space: half a number would be another number

@@ -222,6 +222,14 @@ def test_images_too_small_for_the_network(recipe: Recipe, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_images_too_large_for_the_network(recipe: Recipe, tmp_path: Path) -> None:
+    own = dataclasses.replace(recipe, weights="none", image_size=2_000_000)
+    words = words_of(UsageError, own, tmp_path / "run")
+    assert "cannot take images of 2000000 × 2000000 pixels (" in words
+    assert words.endswith(": choose another --image-size, or leave it out.")
+    assert not (tmp_path / "run").exists()
+
+
 # Memory
 
 

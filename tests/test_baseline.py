@@ -128,6 +128,9 @@ def test_show_recipe_prints_what_a_run_would_take() -> None:
     assert done.exit_code == 0
     shown = tomllib.loads(done.stdout)
     assert (shown["arch"], shown["lr"], shown["epochs"]) == ("finetune_identity", 0.05, 3)
+    done = CliRunner().invoke(app, ["baseline", "--arch", "identiti", "--show-recipe"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert 'Unknown architecture "identiti"; did you mean' in done.stderr
 
 
 def test_the_assignments_page_has_commands_that_are_understood() -> None:

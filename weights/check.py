@@ -138,7 +138,12 @@ def check_whole_layers(
 
 
 def check_complete(
-    name: str, where: str, needed: Mapping[str, Tensor], missing: Sequence[str], given: Mapping[str, Tensor]
+    name: str,
+    where: str,
+    needed: Mapping[str, Tensor],
+    missing: Sequence[str],
+    given: Mapping[str, Tensor],
+    keep_head: bool = False,
 ) -> None:
     """Check that nothing is missing and every shape is right.
 
@@ -148,6 +153,7 @@ def check_complete(
         needed: the model's tensors outside the head, by name.
         missing: names of those that are absent without leave.
         given: the file's tensors.
+        keep_head: whether training goes on from a checkpoint, which has to be whole.
 
     Raises:
         WeightsError: with the missing tensors grouped by layer, the wrong ones with both shapes, and the way on.
@@ -160,7 +166,7 @@ def check_complete(
         groups = _by_layer(missing, needed)
         listed = [f"{layer} ({_members(layer, names, whole)})" for layer, names, whole in groups]
         problems.append(f"missing {some(listed)}")
-        if len(groups) <= _LISTED:
+        if len(groups) <= _LISTED and not keep_head:
             ways.append(f"--allow-missing {_allowable(missing, needed)} to start from random values there")
     if wrong:
         problems.append(f"wrong shape: {some(wrong)}")

@@ -177,7 +177,7 @@ def load_into(
     if keep_head:
         check_classes(where, head, wanted, given)
     check_whole_layers(where, allow_missing, needed, missing)
-    check_complete(name, where, needed, [n for n in missing if n not in fresh], given_body)
+    check_complete(name, where, needed, [n for n in missing if n not in fresh], given_body, keep_head)
     check_finite(where, fitting)
     model.load_state_dict(fitting, strict=False)
     loaded = model.state_dict()
