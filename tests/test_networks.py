@@ -183,6 +183,16 @@ def test_identity_blocks() -> None:
     assert halved[:, 64:].abs().max() == 0
 
 
+def test_shortcuts_of_figure1_shared_begin_by_passing_on_what_they_get() -> None:
+    for stage, (channels, stride) in enumerate(((32, 1), (32, 2), (64, 2), (128, 2)), start=1):
+        layer = timm.create_model("finetune_figure1_shared").get_submodule(f"layer{stage}")
+        x = torch.randn(2, channels, 8, 8)
+        begun = layer.shortcut_init(x)
+        assert torch.equal(begun[:, :channels], x[..., ::stride, ::stride])
+        assert not begun[:, channels:].any()  # channels that the stage adds
+        assert torch.equal(layer.shortcut(begun), begun)
+
+
 def test_resnet50_layer4_begins_with_xavier_weights() -> None:
     model = timm.create_model("finetune_resnet50_layer4", num_classes=10)
     for name, fan_in, fan_out in (("layer4.5.conv2", 9 * 256, 9 * 256), ("fc", 1024, 10)):

@@ -27,6 +27,9 @@ from finetune.networks.foreign import rename
 from finetune.networks.registry import CLASSES, build, describe
 from finetune.networks.settings import check_dropout
 
+BRANCH_SCALE = 0.5
+"""What a stage's norm multiplies with at first: how much each repeat adds to its shortcut (decision 0014)."""
+
 
 class SharedStage(nn.Module):
     """A stage of residual blocks that share their layers: (N, dim_in, H, W) → (N, dim, H / stride, W / stride).
@@ -38,6 +41,9 @@ class SharedStage(nn.Module):
         the others   `conv`         `conv`        `shortcut` (1 × 1)
 
     `shortcut_init` is there in every stage, although one where channels agree never uses it.
+
+    Training begins with shortcuts that pass on what they get, as those of figure1 do within a stage: PyTorch's initial
+    1 × 1 convolutions mix all channels and shrink them, and no norm behind them makes up for it.
     """
 
     def __init__(self, dim_in: int, dim: int, repeats: int, stride: int) -> None:
@@ -49,6 +55,9 @@ class SharedStage(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
         self.shortcut_init = nn.Conv2d(dim_in, dim, 1, stride)
         self.shortcut = nn.Conv2d(dim, dim, 1)
+        nn.init.constant_(self.bn.weight, BRANCH_SCALE)
+        for parameter in (*self.shortcut_init.parameters(), *self.shortcut.parameters()):
+            (nn.init.dirac_ if parameter.ndim == 4 else nn.init.zeros_)(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the last repeat's output."""
@@ -68,7 +77,7 @@ class Figure1Shared(Classifier):
     """figure1 with shared layers: 1,340,260 parameters with 100 classes."""
 
     def __init__(self, num_classes: int = CLASSES, in_chans: int = 3, dropout: float = 0.25) -> None:
-        """Build it with PyTorch's initial weights.
+        """Build it with PyTorch's initial weights, but for shortcuts and the stages' norms: see `SharedStage`.
 
         Args:
             num_classes: K; 0 leaves the head out.
