@@ -10,7 +10,6 @@ import typer
 from cli.console import Screen
 from cli.options import Config, recipe_options, without_auto
 from cli.run import carry_out, only_resume, show_result, stop_on_signals
-from finetune.arch import resolve_network
 from finetune.recipe import check, to_toml
 from finetune.scratch import BY_RECIPE, DECIDED, FIRST, RECIPES, choose_baseline
 
@@ -51,6 +50,8 @@ def _baseline(
     chosen = choose_baseline(arch, recipe, without_auto(settings), config)
     check(chosen)
     if show_recipe:
+        from finetune.arch import resolve_network
+
         resolve_network(chosen.arch)
         print(to_toml(chosen), end="")
         return
