@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import AUTO, Recipe, from_table, peak_rate, read_toml, to_table
+from finetune.recipe import AUTO, MUON_DECAY, Recipe, from_table, peak_rate, read_toml, to_table
 from finetune.results import read_results
 from finetune.rundir import RECIPE
 from weights.errors import UsageError
@@ -192,7 +192,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
         for key, what in (("sha256", "data"), ("test_sha256", "test images")):
             if run.summary["data"].get(key) != first.summary["data"].get(key):
                 raise _data_differ(first, run, what)
-    tables = [_used(run.settings) for run in runs]
+    tables = [_used(run) for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
     differing = {name: [table.get(name) for table in tables] for name in names}
     weights = [run.summary["weights"] for run in runs]
@@ -216,13 +216,17 @@ def _data_differ(first: RunResult, other: RunResult, what: str) -> UsageError:
     )
 
 
-def _used(settings: dict[str, Any]) -> dict[str, Any]:
+def _used(run: RunResult) -> dict[str, Any]:
     """Return what a run was trained with: recipe.toml keeps `auto` for what follows from other settings."""
     usual = to_table(Recipe())  # an older recipe.toml lacks settings that came later; they had no effect then
-    table = {name: value for name, value in {**usual, **settings}.items() if name not in PLACES}
+    table = {name: value for name, value in {**usual, **run.settings}.items() if name not in PLACES}
     table["lr"] = peak_rate(from_table({name: table[name] for name in ("lr", "optimizer")}, RECIPE))
-    if table["augment"] == "crop" and table["views"] == AUTO:
-        table["views"] = table["epochs"]  # as many as there are epochs
+    if table["weight_decay"] == AUTO and table["optimizer"] == "muon":
+        table["weight_decay"] = MUON_DECAY
+    if table["views"] == AUTO:
+        table["views"] = {"none": 1, "crop": table["epochs"]}.get(table["augment"], 2)  # as it is and mirrored
+    windows = run.summary.get("windows")
+    table["windows"] = windows["sides"] if windows else "off"
     return table
 
 

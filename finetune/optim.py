@@ -11,13 +11,12 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from finetune.recipe import AUTO, DECAY, Recipe, peak_rate
+from finetune.recipe import AUTO, DECAY, MUON_DECAY, Recipe, peak_rate
 
 SGD = (AUTO, "sgd")  # auto is settled before a run; by itself it is SGD
 MUON_RATE = 0.5  # of the rate that SGD would take: 0.05 for layers that start fresh (docs/decisions/0012)
 MUON_MOMENTUM = 0.95  # Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"
 MUON_FALLBACK = 0.04  # what NAdamW, for all but matrices, takes of Muon's rate: 0.002 for a fresh head
-MUON_DECAY = 0.02  # decoupled: a step takes this times the learning rate off a weight (docs/decisions/0012)
 FRESH_CONVOLUTION_DECAY = 2e-3  # docs/log.md, 2026-11-21: a whole stage from random values gains a point by it
 
 

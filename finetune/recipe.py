@@ -149,6 +149,7 @@ ADAMS = ("adam", "adamw")  # they want rates of their own; Muon's follow from SG
 MOST = 10**9  # of whole numbers: products of two fit into 64 bits
 LARGEST_RECIPE = 2**18  # bytes of a recipe file; those that finetune init writes have 8 kB
 DECAY = 5e-4  # what --weight-decay auto takes for all but fresh convolutions
+MUON_DECAY = 0.02  # decoupled: a step takes this times the learning rate off a weight (docs/decisions/0012)
 FEWEST_STEPS = 500  # the shortest schedule of Kolesnikov et al. 2020, "Big Transfer", section 3.3
 PATHS = ("data_dir", "weights_dir", "cache_dir")
 # Settings that say where to look, how to compute or what to log, not what is learned: not in checkpoints' metadata.

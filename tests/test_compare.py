@@ -73,14 +73,25 @@ def test_a_setting_that_came_later_is_no_difference(runs: list[Path], tmp_path: 
 def test_settings_are_those_that_were_used(runs: list[Path], tmp_path: Path) -> None:
     """recipe.toml keeps `auto` where it was not given; what it came to is known."""
     assert compare(runs).differing["lr"] == [0.01, 0.05]
-    for name, changes in (("adam", {"optimizer": "adam"}), ("crop", {"augment": "crop"})):
+    changed = (
+        ("adam", {"optimizer": "adam"}),
+        ("crop", {"augment": "crop"}),
+        ("muon", {"optimizer": "muon", "lr": 0.01}),
+        ("decay", {"optimizer": "muon", "lr": 0.01, "weight_decay": 0.02}),
+    )
+    for name, changes in changed:
         (tmp_path / name).mkdir()
         for file in ("metrics.jsonl", "summary.json"):
             (tmp_path / name / file).write_bytes((runs[0] / file).read_bytes())
         settings = from_table({**read_toml(runs[0] / "recipe.toml"), **changes}, "")
         (tmp_path / name / "recipe.toml").write_text(to_toml(settings))
     assert compare([runs[0], tmp_path / "adam"]).differing == {"lr": [0.01, 0.001], "optimizer": ["sgd", "adam"]}
-    assert compare([runs[0], tmp_path / "crop"]).differing == {"augment": ["flip", "crop"], "views": ["auto", 2]}
+    assert compare([runs[0], tmp_path / "crop"]).differing == {"augment": ["flip", "crop"]}  # two epochs, two views
+    assert compare([tmp_path / "muon", tmp_path / "decay"]).differing == {}
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    (tmp_path / "crop" / "summary.json").write_text(json.dumps({**summary, "windows": {"map": 14, "sides": [10, 12]}}))
+    both = {"augment": ["flip", "crop"], "windows": ["off", [10, 12]]}
+    assert compare([runs[0], tmp_path / "crop"]).differing == both
 
 
 def test_other_weights_are_a_difference(runs: list[Path], tmp_path: Path) -> None:
