@@ -10,6 +10,7 @@ import typer
 from cli.console import print_lines
 from cli.options import PANELS, require_folder
 from finetune.template import write_template
+from weights.atomic import write_atomically
 from weights.errors import RunError
 
 
@@ -28,7 +29,5 @@ def init_command(
     if path.exists() and not force:
         raise RunError(f"{path} is there already, and is kept; give another path, or --force to replace it.")
     require_folder(path, "PATH")
-    from weights.save import write_atomically
-
     write_atomically(path, write_template(PANELS).encode())
     print_lines([f"{path} holds every setting with its default; edit it, then: finetune run --config {path}"])

@@ -27,9 +27,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from finetune.machine import user_cache
+from weights.atomic import write_atomically
 from weights.errors import RunError
 from weights.guard import parse_json, read_bytes, read_json, refuse_link
-from weights.save import write_atomically
 
 FORMAT = 1
 CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any prefix, and large enough to write fast

@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.check import Check
 from finetune.page import bar, cell, contents, head, html_page, html_table, number, row_head, scrolling, section
-from weights.save import write_atomically
+from weights.atomic import write_atomically
 
 SIDE = 96  # pixels of an example picture, at most
 SMALLEST = 64  # pictures smaller than this are shown at this side, their pixels enlarged by whole numbers

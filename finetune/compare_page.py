@@ -12,7 +12,7 @@ from finetune.compare import Comparison, RunResult, equal_time
 from finetune.metrics import uneven_recall
 from finetune.page import contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
-from weights.save import write_atomically
+from weights.atomic import write_atomically
 
 
 def write_page(path: Path, result: Comparison) -> None:

@@ -23,8 +23,9 @@ from finetune.export_check import BATCHES, Agreement, Compute, compare, read_bac
 from finetune.export_graph import Logits, Probabilities, read_onnx, read_torch, scaling_of, to_onnx, trace, write_torch
 from finetune.export_target import GRAPHS, files_of, require_target
 from finetune.trained import Trained, load_trained
+from weights.atomic import cannot_write, write_atomically
 from weights.errors import UsageError
-from weights.save import cannot_write, save_checkpoint, write_atomically
+from weights.save import save_checkpoint
 
 SMALL = 32  # pixels of CIFAR's images, which a network for larger ones has to scale up
 

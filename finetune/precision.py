@@ -22,10 +22,10 @@ from filelock import FileLock
 from torch import nn
 
 from finetune.device import synchronize
+from weights.atomic import write_atomically
 from weights.config import is_number
 from weights.errors import RunError, UsageError
 from weights.guard import read_json, refuse_link, told
-from weights.save import write_atomically
 
 # Compiling a folded ResNet-18 prefix gained 7 % where it gained least (docs/log.md); the first compile of a process
 # takes tens of seconds, of which 30 is a cautious guess until it has been timed here.

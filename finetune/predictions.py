@@ -13,9 +13,9 @@ import torch
 
 from finetune.examples import choose_examples, shrink
 from finetune.images import Images
+from weights.atomic import write_atomically
 from weights.errors import RunError
 from weights.guard import require_regular
-from weights.save import write_atomically
 
 MOST_CLASSES = 30_000  # the confusion matrix of so many takes 7 GB; ImageNet-22k has 21,843
 

@@ -23,7 +23,7 @@ from finetune.predictions import Predictions, read_predictions
 from finetune.report_classes import Album, class_tables, matrix_part, mistakes_part, pairs_part
 from finetune.results import no_run, read_classes, read_results
 from finetune.rundir import CONFIG, PREDICTIONS, RECIPE
-from weights.save import write_atomically
+from weights.atomic import write_atomically
 
 REPORT = "report.html"
 

@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 from finetune.grid import SWEEP
 from finetune.recipe import Recipe, from_table, read_toml, to_toml
 from finetune.tensorboard import TensorBoard
+from weights.atomic import FULL, cannot_write, write_atomically
 from weights.errors import RunError
 from weights.guard import read_json, refuse_link
-from weights.save import FULL, cannot_write, write_atomically
 from weights.torch_file import read_torch
 
 RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.pt"

@@ -29,10 +29,10 @@ from finetune.rundir import RECIPE, SUMMARY, RunDirectory, create_run_directory,
 from finetune.study import Study, look
 from finetune.sweep_page import PAGE, write_page
 from finetune.together import Held, compute_together, place_together, with_features
+from weights.atomic import write_atomically
 from weights.config import is_number
 from weights.errors import DivergedError, RunError, StoppedError
 from weights.guard import read_json
-from weights.save import write_atomically
 
 RESULT = "sweep.json"
 

@@ -11,7 +11,7 @@ from finetune.chart import LINES, overlay
 from finetune.frontier_chart import Point, frontier_chart
 from finetune.page import cell, contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
-from weights.save import write_atomically
+from weights.atomic import write_atomically
 
 PAGE = "sweep.html"
 Run = dict[str, Any]

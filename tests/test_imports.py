@@ -135,18 +135,20 @@ QUICK = (
 )
 
 
-def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
+def test_help_and_wrong_flags_do_not_wait_for_torch(tmp_path: Path) -> None:
     """One process for all of them, told apart by what had been imported after each."""
+    quick = (*QUICK, ["init", str(tmp_path / "recipe.toml")])
     script = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from cli.main import app\n"
-        f"for words in {QUICK!r}:\n"
+        f"for words in {quick!r}:\n"
         "    code = CliRunner().invoke(app, words).exit_code\n"
         "    print(code, *[name for name in ('torch', 'timm', 'torchvision', 'numpy', 'PIL') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == ["0"] * 9 + ["2"] * 7
+    assert done.stdout.splitlines() == ["0"] * 9 + ["2"] * 7 + ["0"]
+    assert (tmp_path / "recipe.toml").exists()
 
 
 def test_the_package_starts_as_a_module() -> None:

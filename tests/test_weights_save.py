@@ -13,9 +13,10 @@ import safetensors.torch
 import timm
 import torch
 
+from weights.atomic import write_atomically
 from weights.errors import RunError, WeightsError
 from weights.load import read_tensors
-from weights.save import read_about, save_checkpoint, write_atomically, write_config
+from weights.save import read_about, save_checkpoint, write_config
 
 
 def names_in(folder: Path) -> list[str]:

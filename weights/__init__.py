@@ -38,12 +38,13 @@ from weights.errors import (
 
 if TYPE_CHECKING:
     from weights.arch import Arch, resolve_arch
+    from weights.atomic import write_atomically
     from weights.convert import plain_names, timm_names
     from weights.fetch import download
     from weights.guess import guess_network
     from weights.load import Account, hash_tensors, load_into, read_tensors
     from weights.locate import Found
-    from weights.save import read_about, save_checkpoint, write_atomically, write_config
+    from weights.save import read_about, save_checkpoint, write_config
 
 __all__ = [
     "Account",
@@ -85,7 +86,7 @@ _HOME = {
     "resolve_arch": "arch",
     "save_checkpoint": "save",
     "timm_names": "convert",
-    "write_atomically": "save",
+    "write_atomically": "atomic",
     "write_config": "save",
 }
 """Which module a lazily loaded name lives in."""

@@ -15,13 +15,13 @@ import safetensors
 import safetensors.torch
 
 from weights.arch import Arch
+from weights.atomic import write_atomically
 from weights.errors import RunError, UsageError, WeightsError
 from weights.fetch import download, has_source
 from weights.inventory import describe
 from weights.load import SUFFIXES, read_tensors
 from weights.locate import best_in, in_caches, local_folder, stem_of, tag_of
 from weights.record import record_path, write_record
-from weights.save import write_atomically
 from weights.verify import verify
 
 _WAYS_ON = "Run this again with a network, or copy the file into the folder from a machine that has one."

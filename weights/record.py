@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from weights.atomic import write_atomically
 from weights.errors import WeightsError
 from weights.guard import read_text, require_regular
-from weights.save import write_atomically
 
 SUFFIX = ".sha256"
 DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
