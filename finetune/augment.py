@@ -20,6 +20,7 @@ from torch.nn import functional
 from weights.errors import UsageError
 
 CROP_SHARE = 8  # padding is 1/8 of the side: 4 pixels at 32 (He et al. 2015, "Deep Residual Learning", section 4.2)
+PIECE = 2**19  # values that are normalised at a time: 2 MiB of float32, which stay in a core's cache (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -208,15 +209,53 @@ class Preprocessing:
     def __call__(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return float images (B, 3, S, S) in channels-last memory from uint8 (B, 3, H, W), H and W any.
 
-        Normalising before resizing is the same map (interpolation weights sum to 1) and touches fewer pixels when the
-        image grows. An image that is not square is squeezed, not cropped.
+        An image that is not square is squeezed, not cropped.
         """
-        mean, std = colour(self.mean, images.device) * 255, colour(self.std, images.device) * 255
-        pixels = (images.float() - mean) / std  # colour planes apart: torch resizes them faster so (docs/log.md)
-        height, width = pixels.shape[-2:]
-        if (height, width) != (self.size, self.size):
-            # With antialias, torch's bicubic kernel is Pillow's (a = -0.5), which the weights were trained with.
-            pixels = functional.interpolate(
-                pixels, size=(self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False
-            )
-        return pixels.to(dtype, memory_format=torch.channels_last)
+        if images.shape[-2:] != (self.size, self.size):
+            images = scale(images, self.size, self.interpolation)
+        # Rows of red, green, blue, red, ...: one mean for each value of a row, where one for each colour would make
+        # loops of three values.
+        rows = images.permute(0, 2, 3, 1).reshape(len(images), self.size, 3 * self.size)
+        mean, std = (
+            255 * colour(values, images.device).flatten().repeat(self.size) for values in (self.mean, self.std)
+        )
+        pixels = torch.empty(rows.shape, dtype=dtype, device=images.device)
+        count = max(1, PIECE // (3 * self.size**2)) if images.device.type == "cpu" else max(1, len(images))
+        for piece, place in zip(rows.split(count), pixels.split(count), strict=True):
+            place.copy_(piece.float().sub_(mean).div_(std))
+        return pixels.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
+
+
+def scale(images: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """Return images uint8 (B, 3, S, S) of uint8 (B, 3, H, W), scaled as Pillow does it, in whole values.
+
+    Pretrained weights were made with such images, and timm's transform makes them of a file: torch's kernel for uint8
+    on processors computes like Pillow, first along the width, and rounds after each axis. (Of images that are higher
+    than wide some versions of Pillow take the height first.) Other devices have no such kernel: `scale_in_float`.
+
+    Args:
+        images: on any device.
+        size: S.
+        interpolation: bilinear or bicubic.
+    """
+    if images.device.type != "cpu":
+        return scale_in_float(images, size, interpolation)
+    rows = images.contiguous(memory_format=torch.channels_last)
+    return functional.interpolate(rows, (size, size), mode=interpolation, antialias=True)
+
+
+def scale_in_float(images: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """Return what `scale` does, but for values that lie between two whole ones: these may differ by 1 for each axis."""
+    pixels = images.float()
+    for shape in ((images.shape[2], size), (size, size)):
+        pixels = whole(functional.interpolate(pixels, shape, mode=interpolation, antialias=True))
+    return pixels.to(torch.uint8)
+
+
+def whole(pixels: torch.Tensor) -> torch.Tensor:
+    """Return the nearest whole values from 0 to 255, float32 of the same shape.
+
+    A half becomes the next one, also where an error of rounding has made it a little less: without that, two runtimes
+    would come to different pixels wherever the exact value is a half.
+    """
+    return (pixels + 0.501).floor().clamp(0, 255)

@@ -31,7 +31,7 @@ from weights.atomic import write_atomically
 from weights.errors import RunError
 from weights.guard import parse_json, read_bytes, read_json, refuse_link
 
-FORMAT = 1
+FORMAT = 2  # counts up whenever features of before would differ from those of now
 CHUNK_BYTES = 64 * 2**20  # what a kill may cost: under a second of work for any prefix, and large enough to write fast
 
 

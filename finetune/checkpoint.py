@@ -19,7 +19,7 @@ from finetune.rundir import CHECKPOINT
 from weights.errors import RunError
 from weights.guard import shortened, told
 
-FORMAT = 3  # counts up whenever a checkpoint of before would go on to another result
+FORMAT = 4  # counts up whenever a checkpoint of before would go on to another result
 
 
 def pack(
@@ -134,8 +134,8 @@ def require_same(path: Path, state: dict[str, Any], recipe: Recipe, data: DataSp
     """
     if state.get("format") != FORMAT or _once_had_epochs_for_a_budget(state):
         raise RunError(
-            f"{path} was begun by another version of finetune, which ordered and trained its images in another way; "
-            f"start a new run with --config {path / 'recipe.toml'}."
+            f"{path} was begun by another version of finetune, which ordered, scaled or trained its images in "
+            f"another way; start a new run with --config {path / 'recipe.toml'}."
         )
     before, now = {**to_table(Recipe()), **state["recipe"]}, to_table(recipe)  # what is new since has its default
     changed = [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import nn
 
-from finetune.augment import Preprocessing
+from finetune.augment import Preprocessing, whole
 from finetune.trained import Trained
 from weights.errors import RunError
 
@@ -61,16 +61,16 @@ class Probabilities(nn.Module):
         self.model, self.temperature = trained.model, trained.temperature.value
         self.size, scaled = trained.preprocessing.size, scaling_of(trained)
         self.scaled, self.interpolation = scaled.size, scaled.interpolation
-        # On the scale of pixels, and normalised before they are scaled, as in `Preprocessing`.
+        # On the scale of pixels, as in `Preprocessing`.
         self.register_buffer("mean", 255 * torch.tensor(scaled.mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(scaled.std)[:, None, None])
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return float32 (N, C) from uint8 (N, 3, H, W)."""
-        images = (pixels.float() - self.mean) / self.std
         rows = resize_weights(pixels.shape[2], self.scaled, self.interpolation)
         columns = resize_weights(pixels.shape[3], self.scaled, self.interpolation)
-        images = torch.matmul(torch.matmul(rows, images), columns.T)  # (N, 3, scaled, scaled)
+        images = whole(torch.matmul(pixels.float(), columns.T))  # (N, 3, H, scaled)
+        images = (whole(torch.matmul(rows, images)) - self.mean) / self.std
         start = round((self.scaled - self.size) / 2)
         images = images[:, :, start : start + self.size, start : start + self.size]
         logits: torch.Tensor = self.model(images)

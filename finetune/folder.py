@@ -178,9 +178,13 @@ def find_places(root: Path) -> dict[str, Path]:
         DataError: two folders for one split, or splits without a train.
     """
     if not has_splits(root):
-        lost = [place.name for split in ("val", "test") for place in _places_of(root, split) if has_classes(place)]
+        lost = [place for split in ("test", "val") for place in _places_of(root, split) if has_classes(place)]
         if lost:
-            raise DataError(f"{root} holds {' and '.join(lost)} with class folders but no train folder to learn from.")
+            names = " and ".join(place.name for place in lost)
+            raise DataError(
+                f"{root} holds {names} with class folders but no train folder to learn from; add one, or give "
+                f"{lost[0]} to evaluate a model on it."
+            )
         return {"train": root}
     places = {}
     for split in SPLIT_NAMES:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode, v2
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from finetune.augment import Preprocessing, Views, alternating_views, make_views
+from finetune.augment import Preprocessing, Views, alternating_views, make_views, scale, scale_in_float
 from weights.errors import UsageError
 
 
@@ -157,33 +159,51 @@ def test_crop_without_draws_is_a_mistake_of_the_caller() -> None:
 
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.2, 0.25, 0.3)
-MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
-def reference(images: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
-    """What torchvision makes of the same pixels, resized in float."""
-    steps = [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Resize((size, size), MODES[interpolation], antialias=True),
-        v2.Normalize(MEAN, STD),
-    ]
-    return v2.Compose(steps)(images)
+def pillows(images: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """Return images (N, 3, S, S) that Pillow scaled one by one, uint8."""
+    scaled = [to_pil_image(image).resize((size, size), Image.Resampling[interpolation.upper()]) for image in images]
+    return torch.stack([pil_to_tensor(image) for image in scaled])
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("side", [32, 64, 72])
-def test_growing_is_what_torchvision_does(interpolation: str, side: int) -> None:
-    images = noise(2)
-    fast = Preprocessing(side, MEAN, STD, interpolation)(images)
-    torch.testing.assert_close(fast, reference(images, side, interpolation), rtol=0, atol=2e-5)
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(32, 32, 224), (32, 32, 64), (28, 28, 72), (64, 64, 24), (17, 40, 32), (90, 90, 40)]
+)
+def test_pixels_are_scaled_as_pillow_does(interpolation: str, height: int, width: int, side: int) -> None:
+    images = noise(8, height, width)
+    truth = pillows(images, side, interpolation).int()
+    for way, share in ((scale, 0.05), (scale_in_float, 0.1)):
+        difference = (way(images, side, interpolation).int() - truth).abs()
+        assert int(difference.max()) <= 2, way  # each axis rounds, and halves go either way
+        assert float(difference.float().mean()) < share, way
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 24), (48, 64, 40), (24, 64, 32)])
-def test_shrinking_is_what_torchvision_does(interpolation: str, height: int, width: int, side: int) -> None:
-    images = noise(2, height, width)
-    fast = Preprocessing(side, MEAN, STD, interpolation)(images)
-    torch.testing.assert_close(fast, reference(images, side, interpolation), rtol=0, atol=2e-5)
+def test_timms_transform_makes_the_same_of_a_picture(interpolation: str) -> None:
+    images = noise(8)
+    transform = create_transform(
+        input_size=(3, 224, 224), interpolation=interpolation, mean=MEAN, std=STD, crop_pct=1.0
+    )
+    theirs = torch.stack([transform(to_pil_image(image)) for image in images])
+    ours = Preprocessing(224, MEAN, STD, interpolation)(images)
+    apart = (theirs - ours).abs() > 1e-5
+    assert float(apart.float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_normalised_image_by_image(dtype: torch.dtype) -> None:
+    images = noise(9, 192, 192)  # more than a piece
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    made = Preprocessing(192, MEAN, STD, "bilinear")(images, dtype)
+    torch.testing.assert_close(
+        made, ((images / 255 - mean) / std).to(dtype), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02
+    )
+
+
+def test_no_images_are_no_input() -> None:
+    assert Preprocessing(32, MEAN, STD, "bilinear")(noise(0)).shape == (0, 3, 32, 32)
 
 
 def test_the_model_input_is_channels_last_in_the_wanted_format() -> None:

@@ -45,7 +45,13 @@ class Photos(Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
         self.images, self.labels = images, labels
         self.transform = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size)), v2.Normalize(MEAN, STD)]
+            [
+                v2.ToPILImage(),
+                v2.Resize((size, size)),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
         )
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
