@@ -10,9 +10,11 @@ import gc
 import itertools
 import json
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,10 +126,11 @@ def _join() -> Ranks:
         store = distributed.PrefixStore(  # type: ignore[attr-defined]
             f"finetune/{restart}/{next(_runs)}", everything
         )
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
-        )
-        patient: Any = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+        with _nothing_told():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
+            )
+            patient: Any = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     except RuntimeError as error:
         _leave_groups()  # for the next run of this process
         raise RunError(
@@ -135,6 +138,27 @@ def _join() -> Ranks:
             "torchrun was given, and whether each machine can open connections to the others."
         ) from error
     return Ranks(rank, size, local, local_size, store=store, patient=patient)
+
+
+@contextmanager
+def _nothing_told() -> Iterator[None]:
+    """Drop what is written to standard output: gloo of PyTorch 2.9 tells of each connection there, past Python.
+
+    Standard output is the caller's: with --json a program reads it.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: there is nothing to keep clean
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _share_cores(processes: int) -> None:

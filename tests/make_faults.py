@@ -110,7 +110,7 @@ def watched(disk: Disk) -> Iterator[Disk]:
         sync(handle)
 
     def low_(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & os.O_CREAT:
+        if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):  # filelock has not always created a file that is there
             disk.touch("lock", os.fspath(path))
         handle = low(path, flags, *rest, **named)
         paths.pop(handle, None)  # the number of a file that is closed by now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import time
@@ -156,3 +157,26 @@ def test_a_pytorch_without_its_distributed_part(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("WORLD_SIZE")
     with joining() as ranks:
         assert ranks.alone
+
+
+@pytest.mark.usefixtures("_launched")
+def test_standard_output_is_kept_for_the_caller(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """gloo of PyTorch 2.9 writes a line for each connection to it, past Python."""
+
+    def connect(*given: object, **named: object) -> None:
+        os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks.\n")
+        raise RuntimeError("timed out")
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(rendezvous, "_share_cores", lambda processes: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *given, **named: iter([(HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", connect)
+    print('{"epochs": ', end="")
+    with pytest.raises(RunError, match=r"do not reach each other \(timed out\)"), joined():
+        pass
+    print("1}")
+    assert capfd.readouterr().out == '{"epochs": 1}\n'
