@@ -23,8 +23,8 @@ PANELS = {
         "shots", "hold_test",
     ),
     "Training": (
-        "epochs", "batch_size", "lr", "head_lr_scale", "optimizer", "momentum", "weight_decay", "schedule", "warmup",
-        "label_smoothing", "class_weights", "ema", "freeze_norms", "budget", "patience", "seed",
+        "epochs", "batch_size", "lr", "head_lr_scale", "lr_scales", "optimizer", "momentum", "weight_decay", "schedule",
+        "warmup", "label_smoothing", "class_weights", "ema", "freeze_norms", "budget", "patience", "seed",
     ),
     "Machine": (
         "device", "precision", "compile", "cache", "cache_dir", "cache_limit", "memory_budget", "image_memory", "log",

@@ -46,6 +46,7 @@ class BaselineSettings(TypedDict, total=False):
     epochs: int | None
     batch_size: int | None
     lr: float | None
+    lr_scales: str | Sequence[str]
     optimizer: str
     momentum: float
     weight_decay: float | None

@@ -13,6 +13,7 @@ from torch import nn
 from finetune.arch import network_settings, resolve_network, settings_with_weights
 from finetune.augment import Preprocessing
 from finetune.layers import Selection, freeze, select_layers
+from finetune.rates import parse_scales, require_scaled
 from finetune.recipe import Recipe
 from weights.arch import Arch
 from weights.errors import UsageError
@@ -66,7 +67,8 @@ def find_weights(recipe: Recipe) -> Found:
     if recipe.weights != "auto":  # a download waits until the layers are known to be there
         found = locate(arch, recipe.weights, recipe.weights_dir)
         settings = settings_with_weights(recipe, found)
-    select_layers(outline(arch, 2, size, settings), recipe.train_layers, head)
+    selection = select_layers(outline(arch, 2, size, settings), recipe.train_layers, head)
+    require_scaled(parse_scales(recipe.lr_scales), selection.trained)
     return found or locate(arch, recipe.weights, recipe.weights_dir)
 
 
@@ -103,6 +105,7 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
             keep_head=recipe.keep_head,
         )
     selection = select_layers(model, recipe.train_layers, head)
+    require_scaled(parse_scales(recipe.lr_scales), selection.trained)
     freeze(model, selection)
     loaded = set(account.loaded) if account else set()
     check_size(model, arch, size)

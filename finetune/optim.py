@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from finetune.rates import parse_scales, scale_of
 from finetune.recipe import AUTO, DECAY, MUON_DECAY, Recipe, peak_rate
 
 SGD = (AUTO, "sgd")  # auto is settled before a run; by itself it is SGD
@@ -32,20 +33,22 @@ def parameter_groups(suffix: nn.Module, fresh: Collection[str], recipe: Recipe) 
     Args:
         suffix: what trains; only parameters with requires_grad count.
         fresh: names of parameters that start fresh.
-        recipe: lr, head_lr_scale and weight_decay are read.
+        recipe: lr, head_lr_scale, lr_scales and weight_decay are read.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    scales = parse_scales(recipe.lr_scales)
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in suffix.named_parameters():
         if parameter.requires_grad:
             is_fresh = name in fresh
-            groups.setdefault((is_fresh, _decay(parameter, is_fresh, recipe)), []).append(parameter)
+            kind = (is_fresh, _decay(parameter, is_fresh, recipe), scale_of(name, scales))
+            groups.setdefault(kind, []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": peak_rate(recipe) * (recipe.head_lr_scale if is_fresh else 1.0),
+            "lr": peak_rate(recipe) * (recipe.head_lr_scale if is_fresh else 1.0) * scale,
             "weight_decay": decay,
         }
-        for (is_fresh, decay), parameters in groups.items()
+        for (is_fresh, decay, scale), parameters in groups.items()
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from finetune.rates import parse_scales
 from finetune.tensorboard import require_log
 from finetune.units import parse_bytes, parse_seconds
 from weights.errors import UsageError, near_matches
@@ -59,6 +60,9 @@ class Recipe:
         None, "Peak learning rate of layers that start from pretrained weights; auto takes 0.01, adam and adamw 0.001."
     )
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
+    lr_scales: tuple[str, ...] = _setting(
+        (), "Layers that learn at a multiple of their rate: layer3=0.1,shortcut=0.2 (any part of their names)."
+    )
     optimizer: str = _setting(
         AUTO,
         "sgd has Nesterov momentum; auto takes muon for a stage of convolutions that starts fresh and trains long.",
@@ -180,7 +184,8 @@ def check(recipe: Recipe) -> None:
         if not 0 < number < float("inf"):
             raise UsageError(f"{flag(name)} is {number}; give a number above 0.")
     decay = DECAY if recipe.weight_decay is None else recipe.weight_decay
-    if lr * max(1, recipe.head_lr_scale) * max(1, decay) > LARGEST_RATE:
+    most = max([1.0, *parse_scales(recipe.lr_scales).values()])
+    if lr * max(1, recipe.head_lr_scale) * most * max(1, decay) > LARGEST_RATE:
         raise UsageError(
             f"--lr {lr:g} with --head-lr-scale {recipe.head_lr_scale:g} and --weight-decay "
             f"{decay:g} is more than 32-bit numbers can hold; lower --lr (0.01 is usual)."

@@ -27,6 +27,7 @@ OTHER: dict[str, Any] = {
     "arch": "resnet50.a1_in1k", "train_layers": ("layer4", "fc"), "data": 'photos "of" ünï\\code',
     "data_dir": Path("/data sets"), "labels": "coarse", "weights": "w.safetensors", "weights_dir": Path("models"),
     "allow_missing": ("layer4",), "image_size": 160, "epochs": 3, "batch_size": 7, "lr": 1e-7, "head_lr_scale": 1.0,
+    "lr_scales": ("layer4=0.5",),
     "optimizer": "adamw", "momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.0,
     "label_smoothing": 0.0, "class_weights": "balanced", "ema": 0.998, "patience": 2, "augment": "crop", "cutout": 8,
     "views": 4, "freeze_norms": 1.0, "windows": "on", "skip_easy": 0.5, "val_fraction": 0.25,
