@@ -6,6 +6,7 @@ Legend: N images in a batch, of any number; H and W pixels of an image; S pixels
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -151,7 +152,9 @@ def write_torch(program: ExportedProgram, about: str, file: BinaryIO) -> None:
 
 def read_torch(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what computes a file of `write_torch`."""
-    with path.open("rb") as file:
+    with path.open("rb") as file, warnings.catch_warnings():
+        # PyTorch 2.9 warns that the bytes it has read are not to be written to; nothing writes to them.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         module: Callable[[torch.Tensor], torch.Tensor] = torch.export.load(file).module()
     return module
 
