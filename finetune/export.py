@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import timm
 import torch
 from torchvision.transforms.functional import center_crop
 
+from finetune.augment import scale, scale_in_float
 from finetune.export_check import BATCHES, Agreement, Compute, compare, read_back, sample_pixels
 from finetune.export_graph import Logits, Probabilities, read_onnx, read_torch, scaling_of, to_onnx, trace, write_torch
 from finetune.export_target import GRAPHS, files_of, require_target
@@ -185,9 +186,11 @@ def _write_graph(trained: Trained, to: str, output: Path, with_preprocessing: bo
     program = trace(graph, size, name)
     content = to_onnx(program, graph, text, name) if to == "onnx" else b""
     if with_preprocessing:  # at the model's own size, smaller, and larger by different measures
-        exact, batches = _exactly(trained), sample_pixels([(size, size), (SMALL, SMALL), (size + size // 2, 2 * size)])
+        exact = _exactly(trained, scale_in_float)
+        batches = sample_pixels([(size, size), (SMALL, SMALL), (size + size // 2, 2 * size)])
+        rounding = _apart(exact, _exactly(trained, scale), batches)
     else:
-        exact, batches = trained.model, _images(trained)
+        exact, batches, rounding = trained.model, _images(trained), 0.0
     checked: list[Agreement] = []
 
     def write(file: BinaryIO) -> None:
@@ -200,7 +203,7 @@ def _write_graph(trained: Trained, to: str, output: Path, with_preprocessing: bo
         what = f"The {to} file of {name}"
         with read_back(what):
             compute = read_onnx(written) if to == "onnx" else read_torch(written)
-        checked.append(compare(exact, compute, batches, what))
+        checked.append(compare(exact, compute, batches, what, rounding))
 
     write_atomically(output, write)
     return checked[0]
@@ -212,15 +215,22 @@ def _images(trained: Trained) -> list[torch.Tensor]:
     return [trained.preprocessing(pixels).contiguous() for pixels in sample_pixels(sides)]
 
 
-def _exactly(trained: Trained) -> Compute:
-    """Return the model with torch's own scaling, to compare a graph with: pixels to calibrated probabilities."""
-    scaling, size = scaling_of(trained), trained.preprocessing.size
+def _exactly(trained: Trained, scaled: Callable[[torch.Tensor, int, str], torch.Tensor]) -> Compute:
+    """Return the model behind a way to scale, to compare a graph with: pixels to calibrated probabilities."""
+    whole, size = scaling_of(trained), trained.preprocessing.size
 
     def compute(pixels: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = trained.model(center_crop(scaling(pixels), [size, size]))
+        images = whole(scaled(pixels, whole.size, whole.interpolation))
+        logits: torch.Tensor = trained.model(center_crop(images, [size, size]))
         return (logits / trained.temperature.value).softmax(1)
 
     return compute
+
+
+@torch.no_grad()
+def _apart(one: Compute, other: Compute, batches: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference between two computations, here by pixels that each rounds in its own way."""
+    return max(float((one(batch) - other(batch)).abs().max()) for batch in batches)
 
 
 def _write_weights(trained: Trained, to: str, output: Path) -> Agreement:

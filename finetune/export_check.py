@@ -60,7 +60,9 @@ def sample_pixels(sides: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     return made
 
 
-def compare(exact: Compute, exported: Compute, batches: Sequence[torch.Tensor], what: str) -> Agreement:
+def compare(
+    exact: Compute, exported: Compute, batches: Sequence[torch.Tensor], what: str, rounding: float = 0.0
+) -> Agreement:
     """Compute batches both ways.
 
     Args:
@@ -68,6 +70,8 @@ def compare(exact: Compute, exported: Compute, batches: Sequence[torch.Tensor], 
         exported: what was written, read back.
         batches: inputs of either.
         what: was written, for messages.
+        rounding: difference that is no mistake, where it is more than `TOLERANCE`: of pixels that lie half-way between
+            two values and may be rounded to either.
 
     Raises:
         RunError: the outputs differ by more than rounding, or a batch cannot be computed.
@@ -78,10 +82,11 @@ def compare(exact: Compute, exported: Compute, batches: Sequence[torch.Tensor], 
             truths.append(exact(batch))
             values.append(_computed(exported, batch, truths[-1], what))
     truth, computed = torch.cat(truths), torch.cat(values)
+    allowed = TOLERANCE * max(1.0, float(truth.abs().max()))
     agreement = Agreement(
         batches=tuple(len(batch) for batch in batches),
         difference=float((computed - truth).abs().max()),  # NaN where there is any
-        allowed=TOLERANCE * max(1.0, float(truth.abs().max())),
+        allowed=max(allowed, rounding) if rounding else allowed,
         same_labels=int((computed.argmax(1) == truth.argmax(1)).sum()),
     )
     if not agreement.difference <= agreement.allowed:  # NaN does not pass either

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -54,7 +55,7 @@ def find_weights(recipe: Recipe) -> Found:
     """Find the recipe's weights and check its layer names, before any image is read.
 
     Args:
-        recipe: arch, weights, weights_dir, image_size, train_layers and the network's settings are read.
+        recipe: arch, weights, weights_dir, image_size, train_layers, lr_scales and the network's settings are read.
 
     Raises:
         UsageError: unknown arch or layer, or a setting that the network does not have.
@@ -105,7 +106,6 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
             keep_head=recipe.keep_head,
         )
     selection = select_layers(model, recipe.train_layers, head)
-    require_scaled(parse_scales(recipe.lr_scales), selection.trained)
     freeze(model, selection)
     loaded = set(account.loaded) if account else set()
     check_size(model, arch, size)
@@ -180,10 +180,15 @@ def preprocessing_of(arch: Arch, size: int) -> Preprocessing:
     interpolation = str(arch.config.get("interpolation") or "bicubic")
     return Preprocessing(
         size=size,
-        mean=tuple(float(value) for value in arch.config["mean"]),
-        std=tuple(float(value) for value in arch.config["std"]),
+        mean=_for_each_colour(arch.config["mean"]),
+        std=_for_each_colour(arch.config["std"]),
         interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
     )
+
+
+def _for_each_colour(values: Sequence[float]) -> tuple[float, ...]:
+    """Return one value per colour; a configuration may give one for all."""
+    return tuple(float(value) for value in (values if len(values) > 1 else 3 * tuple(values)))
 
 
 def check_size(model: nn.Module, arch: Arch, size: int) -> None:

@@ -29,18 +29,21 @@ def parse_scales(texts: Sequence[str]) -> dict[str, float]:
 
 
 def scale_of(parameter: str, scales: Mapping[str, float]) -> float:
-    """Return the multiple of a parameter: of all names that stand in its own, the one with the most parts.
+    """Return the multiple of a parameter: that of the name which says most exactly where it is.
 
     Args:
         parameter: its name in the model, such as `layer1.shortcut.weight`.
-        scales: of `parse_scales`. A name is one part or several in a row: `layer1`, `shortcut`, `layer1.shortcut`.
+        scales: of `parse_scales`. A name is one part or several in a row: `layer1`, `shortcut`, `layer1.shortcut`. Of
+            several that stand in a parameter's name the one counts that ends last, and of these the longest.
     """
-    held = [name for name in scales if _stands_in(name, parameter)]
-    return scales[max(held, key=lambda name: (name.count("."), name))] if held else 1.0
+    ends = {name: end for name in scales if (end := _end_in(name, parameter))}
+    return scales[max(ends, key=lambda name: (ends[name], len(name)))] if ends else 1.0
 
 
-def _stands_in(name: str, parameter: str) -> bool:
-    return f".{name}." in f".{parameter}."
+def _end_in(name: str, parameter: str) -> int:
+    """Return where the parts of a name end in a parameter's name, 0 where they do not stand in it."""
+    place = f".{parameter}.".rfind(f".{name}.")
+    return place + len(name) + 1 if place >= 0 else 0
 
 
 def require_scaled(scales: Mapping[str, float], trained: Iterable[str]) -> None:
@@ -55,10 +58,11 @@ def require_scaled(scales: Mapping[str, float], trained: Iterable[str]) -> None:
     """
     parameters = list(trained)
     for name in scales:
-        if not any(_stands_in(name, parameter) for parameter in parameters):
-            parts = {part for parameter in parameters for part in parameter.split(".")}
-            near = near_matches(name, sorted(parts)) or "."
+        if not any(_end_in(name, parameter) for parameter in parameters):
+            parts = sorted({part for parameter in parameters for part in parameter.split(".")})
+            layers = list(dict.fromkeys(parameter.partition(".")[0] for parameter in parameters))
+            near = near_matches(name, parts) or "."
             raise UsageError(
-                f"--lr-scales names '{name}', and nothing that trains is called so{near} Give a layer that trains, or "
-                "part of its name, as finetune layers ARCH lists them."
+                f"--lr-scales names '{name}', and nothing that trains is called so{near} What trains lies in "
+                f"{', '.join(layers[:8])}; --head-lr-scale is for the head, whatever its name."
             )

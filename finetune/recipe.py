@@ -61,7 +61,8 @@ class Recipe:
     )
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
     lr_scales: tuple[str, ...] = _setting(
-        (), "Layers that learn at a multiple of their rate: layer3=0.1,shortcut=0.2 (any part of their names)."
+        (),
+        "Layers that learn at a multiple of their rate: layer3=0.1,shortcut=0.2 (any part of their names); '' is none.",
     )
     optimizer: str = _setting(
         AUTO,
@@ -185,10 +186,11 @@ def check(recipe: Recipe) -> None:
             raise UsageError(f"{flag(name)} is {number}; give a number above 0.")
     decay = DECAY if recipe.weight_decay is None else recipe.weight_decay
     most = max([1.0, *parse_scales(recipe.lr_scales).values()])
+    scaled = f", --lr-scales {','.join(recipe.lr_scales)}" if recipe.lr_scales else ""
     if lr * max(1, recipe.head_lr_scale) * most * max(1, decay) > LARGEST_RATE:
         raise UsageError(
-            f"--lr {lr:g} with --head-lr-scale {recipe.head_lr_scale:g} and --weight-decay "
-            f"{decay:g} is more than 32-bit numbers can hold; lower --lr (0.01 is usual)."
+            f"--lr {lr:g} with --head-lr-scale {recipe.head_lr_scale:g}{scaled} and --weight-decay {decay:g} is more "
+            "than 32-bit numbers can hold; lower the largest of them (0.01 is usual for --lr)."
         )
     _check_shares(recipe)
     if not 0 <= decay < float("inf"):

@@ -151,8 +151,9 @@ def _nothing_told() -> Iterator[None]:
     except OSError:  # closed: there is nothing to keep clean
         yield
         return
-    sys.stdout.flush()
     try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         yield

@@ -53,10 +53,10 @@ SCRATCH: dict[str, Any] = {
 """What every from-scratch run has: nothing is loaded and everything trains, on images of 32 × 32 pixels."""
 
 BY_OPTIMIZER: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.2, "weight_decay": 5e-4},
-    "muon": {"lr": 0.1, "weight_decay": 0.02},
-    "adam": {"lr": 1e-3, "weight_decay": 0.0},
-    "adamw": {"lr": 1e-3, "weight_decay": 5e-4},
+    "sgd": {"lr": 0.2, "lr_scales": (), "weight_decay": 5e-4},
+    "muon": {"lr": 0.1, "lr_scales": (), "weight_decay": 0.02},
+    "adam": {"lr": 1e-3, "lr_scales": (), "weight_decay": 0.0},
+    "adamw": {"lr": 1e-3, "lr_scales": (), "weight_decay": 5e-4},
 }
 """Peak rate and weight decay that suit each optimiser; auto is sgd here."""
 
@@ -129,7 +129,10 @@ ASSIGNMENT_BY_NETWORK: dict[str, dict[str, Any]] = {
 }
 
 OPTIMIZER_BY_NETWORK: dict[str, dict[str, dict[str, Any]]] = {
-    "muon": {network: {"lr": own["lr"]} for network, own in FAST_BY_NETWORK.items()},
+    "muon": {
+        network: {name: own[name] for name in ("lr", "lr_scales") if name in own}
+        for network, own in FAST_BY_NETWORK.items()
+    },
     # Without a norm behind its last stage it diverges at 0.2 in bf16.
     "sgd": {"identity": {"lr": 0.04}},
 }
@@ -154,6 +157,8 @@ def choose_baseline(arch: str | None, which: str | None, given: dict[str, Any], 
         return baseline_recipe(arch or FIRST, which, given)
     held = typed_settings(read_toml(config), str(config))
     settings = {name: value for name, value in held.items() if name not in (*DECIDED, "arch")}
+    if "lr" in settings:
+        settings.setdefault("lr_scales", ())  # a file of before there were any means its rate for all layers
     chosen = baseline_recipe(arch or held.get("arch", FIRST), which, {**settings, **given})
     for name in DECIDED:
         if name == "keep_head":  # it follows from the weights that the user gives now

@@ -203,7 +203,8 @@ def test_pixels_are_normalised_image_by_image(dtype: torch.dtype) -> None:
 
 
 def test_no_images_are_no_input() -> None:
-    assert Preprocessing(32, MEAN, STD, "bilinear")(noise(0)).shape == (0, 3, 32, 32)
+    for side in (32, 48):
+        assert Preprocessing(side, MEAN, STD, "bilinear")(noise(0)).shape == (0, 3, side, side)
 
 
 def test_the_model_input_is_channels_last_in_the_wanted_format() -> None:

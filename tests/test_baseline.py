@@ -19,7 +19,9 @@ from cli.main import app
 from finetune.augment import Preprocessing
 from finetune.data import load_data
 from finetune.networks import NETWORKS
+from finetune.networks.figure1_shared import Figure1Shared
 from finetune.networks.registry import MEAN, STD
+from finetune.rates import parse_scales, require_scaled, scale_of
 from finetune.recipe import check
 from finetune.scratch import NETWORK_EPOCHS, baseline_recipe, choose_baseline, few_steps
 from weights.errors import UsageError
@@ -70,7 +72,24 @@ def test_another_optimiser_brings_a_rate_and_a_decay_of_its_kind() -> None:
 def test_an_optimiser_brings_nothing_else() -> None:
     for network in ("figure1_shared", "vgg16"):
         prescribed, moved = (baseline_recipe(network, "assignment", given) for given in ({}, {"optimizer": "muon"}))
-        assert moved == dataclasses.replace(prescribed, optimizer="muon", lr=moved.lr, weight_decay=0.02)
+        fast = baseline_recipe(network, "fast", {})
+        assert moved == dataclasses.replace(
+            prescribed, optimizer="muon", lr=fast.lr, lr_scales=fast.lr_scales, weight_decay=0.02
+        )
+
+
+def test_slower_layers_go_with_the_rate_and_the_optimiser(tmp_path: Path) -> None:
+    recipe = baseline_recipe("figure1_shared", "fast", {})
+    names = [name for name, _ in Figure1Shared().named_parameters()]
+    require_scaled(parse_scales(recipe.lr_scales), names)
+    slow = [name for name in names if scale_of(name, parse_scales(recipe.lr_scales)) != 1.0]
+    assert len(slow) == 16  # weight and bias of two shortcuts in four stages
+    for optimizer in ("sgd", "adam", "adamw"):
+        assert baseline_recipe("figure1_shared", "fast", {"optimizer": optimizer}).lr_scales == ()
+    (tmp_path / "older.toml").write_text('arch = "finetune_figure1_shared"\nlr = 0.02\n')
+    assert choose_baseline(None, None, {}, tmp_path / "older.toml").lr_scales == ()
+    (tmp_path / "own.toml").write_text('arch = "finetune_figure1_shared"\nepochs = 2\n')
+    assert choose_baseline(None, None, {}, tmp_path / "own.toml").lr_scales == recipe.lr_scales
 
 
 def test_going_on_from_a_checkpoint_is_gentler() -> None:

@@ -14,7 +14,7 @@ import torch
 from make_run import cifar_recipe, metrics
 from torch import nn
 
-from finetune.augment import Preprocessing, make_views
+from finetune.augment import Preprocessing, make_views, scale
 from finetune.features import Features
 from finetune.fit import Split, Trainer
 from finetune.images import ImageSet
@@ -95,6 +95,13 @@ def test_images_are_the_same_from_the_device_and_from_memory() -> None:
     for where in ("device", "pinned"):
         live = Live(data, views, preprocessing, None, CUDA, torch.float32, ImagePlace(where, CUDA))
         torch.testing.assert_close(live.take(rows, chosen)[0].cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_are_scaled_as_on_the_processor(interpolation: str) -> None:
+    images = torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8)
+    there = scale(images.to(CUDA), 224, interpolation).cpu().int()
+    assert int((there - scale(images, 224, interpolation).int()).abs().max()) <= 2
 
 
 def test_a_run_on_a_gpu_gives_the_losses_of_the_processor(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_a_name_is_any_parts_in_a_row() -> None:
     for name, scale in {
         "layer1.conv.weight": 0.5,
         "layer2.shortcut.weight": 0.2,
-        "layer1.shortcut.weight": 3.0,  # the name with the most parts
+        "layer1.shortcut.weight": 3.0,  # the longer of two that end there
+        "layer1.0.shortcut.weight": 0.2,  # the one that ends last
         "layer2.shortcut_init.weight": 1.0,
         "layer12.conv.weight": 1.0,
     }.items():
@@ -40,7 +41,10 @@ def test_a_name_is_any_parts_in_a_row() -> None:
         ("layer3=0", "--lr-scales has 'layer3=0'; give a layer"),
         ("layer3=nan", "--lr-scales has 'layer3=nan'; give a layer"),
         ("layer3=inf", "--lr-scales has 'layer3=inf'; give a layer"),
-        ("layer3=1e300", "is more than 32-bit numbers can hold"),
+        (
+            "layer3=1e300",
+            "--head-lr-scale 10, --lr-scales layer3=1e300 and --weight-decay 0.0005 is more than",
+        ),
     ],
 )
 def test_what_is_no_multiple(text: str, words: str) -> None:
