@@ -208,7 +208,7 @@ def test_learning_rates_beyond_32_bits(recipe: Recipe, tmp_path: Path, settings:
     decay = own.weight_decay or 5e-4
     assert words_of(UsageError, own, tmp_path / "run") == (
         f"--lr {own.lr:g} with --head-lr-scale {own.head_lr_scale:g} and --weight-decay {decay:g} is more than 32-bit "
-        "numbers can hold; lower --lr (0.01 is usual)."
+        "numbers can hold; lower the largest of them (0.01 is usual for --lr)."
     )
     assert not (tmp_path / "run").exists()
     check(dataclasses.replace(own, lr=1e-6, head_lr_scale=10.0, weight_decay=0.1))
