@@ -217,10 +217,10 @@ def _images(trained: Trained) -> list[torch.Tensor]:
 
 def _exactly(trained: Trained, scaled: Callable[[torch.Tensor, int, str], torch.Tensor]) -> Compute:
     """Return the model behind a way to scale, to compare a graph with: pixels to calibrated probabilities."""
-    whole, size = scaling_of(trained), trained.preprocessing.size
+    preprocessing, size = scaling_of(trained), trained.preprocessing.size
 
     def compute(pixels: torch.Tensor) -> torch.Tensor:
-        images = whole(scaled(pixels, whole.size, whole.interpolation))
+        images = preprocessing(scaled(pixels, preprocessing.size, preprocessing.interpolation))
         logits: torch.Tensor = trained.model(center_crop(images, [size, size]))
         return (logits / trained.temperature.value).softmax(1)
 

@@ -330,6 +330,9 @@ def test_the_check_finds_what_is_wrong() -> None:
     ):
         with pytest.raises(RunError, match=words):
             export_check.compare(exact, wrong, batches, "It")
+    assert export_check.compare(exact, one_off, batches, "It", rounding=1.0).allowed == pytest.approx(1.0)
+    with pytest.raises(RunError, match=r"by up to 1 on 8 images, and rounding explains 0\.5"):
+        export_check.compare(exact, one_off, batches, "It", rounding=0.5)
 
 
 def test_options_that_cannot_be_right(trained: Trained, folder: Path, tmp_path: Path) -> None:

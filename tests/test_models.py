@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from make_run import tiny_recipe, write_weights
 from torch import nn
 
-from finetune.models import build, find_weights, prepare_model
+from finetune.models import build, find_weights, prepare_model, preprocessing_of
 from finetune.recipe import Recipe
 from weights.arch import resolve_arch
 from weights.errors import UsageError
@@ -85,3 +86,11 @@ def test_a_snapshot_with_a_tag_of_its_own(tmp_path: Path) -> None:
     prepared = prepare_model(recipe(tmp_path, "test_resnet", image_size=None), 3)
     assert prepared.arch.full_name == "test_resnet"
     assert prepared.preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_one_mean_for_all_colours() -> None:
+    arch = resolve_arch("test_resnet")
+    gray = replace(arch, config={**arch.config, "mean": [0.5], "std": [0.25]})
+    images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 8, 8)
+    made = preprocessing_of(gray, 8)(images)
+    assert torch.equal(made, torch.tensor([-2.0, 2.0]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8))
