@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,6 +51,7 @@ def compare_command(
 
 def print_comparison(result: Comparison) -> None:
     """Print what the runs came to, and the settings that differ."""
+    from finetune.compare import in_words, percent
     from finetune.metrics import uneven_recall
 
     columns = [("", "left"), *((run.name, "right") for run in result.runs)]
@@ -63,14 +64,14 @@ def print_comparison(result: Comparison) -> None:
         ["images seen", *(f"{one['images_seen']:,}" for one in summaries)],
         ["seconds", *(f"{one['seconds']['total']:,.0f}" for one in summaries)],
         ["train accuracy", *(f"{one['train_accuracy']:.2f} %" for one in summaries)],
-        ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
-        ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
-        ["mean recall", *(_percent(uneven_recall(one)) for one in summaries)],
+        ["validation accuracy", *(percent(one["val_accuracy"]) for one in summaries)],
+        ["test accuracy", *(percent(one["test_accuracy"]) for one in summaries)],
+        ["mean recall", *(percent(uneven_recall(one)) for one in summaries)],
     ]
     rows = [row for row in rows if any(row[1:])]
     if result.differing:
         rows.append(["settings that differ:", *("" for _ in result.runs)])
-    rows += [[name, *(_text(value) for value in values)] for name, values in result.differing.items()]
+    rows += [[name, *(in_words(value) for value in values)] for name, values in result.differing.items()]
     print_table(f"{len(summaries)} runs on {summaries[0]['data']['name']}", columns, rows)
     epochs = max(len(run.rows) for run in result.runs)
     losses = []
@@ -94,11 +95,3 @@ def print_equal_time(result: Comparison) -> None:
         reached = [f"{run.name} {cell}" for run, cell in zip(result.runs, cells, strict=True)]
         lines = [f"{equal.images} accuracy after {duration(equal.seconds)}: {', '.join(reached)}"]
     print_lines(["", *lines])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -269,3 +269,13 @@ def _typed(table: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return settings as `to_table` has them, only those that are there."""
     whole = to_table(from_table(table, str(path / RECIPE)))
     return {setting: whole[setting] for setting in table}
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent with its sign, or nothing where there is none."""
+    return "" if value is None else f"{value:.2f} %"
+
+
+def in_words(value: object) -> str:
+    """Return a setting's value as the command line takes it; an empty list is none."""
+    return (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from finetune.chart import LINES, overlay
-from finetune.compare import Comparison, RunResult, equal_time
+from finetune.compare import Comparison, RunResult, equal_time, in_words, percent
 from finetune.metrics import uneven_recall
 from finetune.page import contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.plan import duration
@@ -65,10 +64,10 @@ def _results(runs: Sequence[RunResult]) -> str:
     summaries = [run.summary for run in runs]
     rows = [
         ["network", *(escape(one["arch"]) for one in summaries)],
-        ["test accuracy", *(_percent(one["test_accuracy"]) for one in summaries)],
-        ["mean per-class recall", *(_percent(uneven_recall(one)) for one in summaries)],
-        ["train accuracy", *(_percent(one["train_accuracy"]) for one in summaries)],
-        ["validation accuracy", *(_percent(one["val_accuracy"]) for one in summaries)],
+        ["test accuracy", *(percent(one["test_accuracy"]) for one in summaries)],
+        ["mean per-class recall", *(percent(uneven_recall(one)) for one in summaries)],
+        ["train accuracy", *(percent(one["train_accuracy"]) for one in summaries)],
+        ["validation accuracy", *(percent(one["val_accuracy"]) for one in summaries)],
         ["parameters", *(f"{one['parameters']['total']:,}" for one in summaries)],
         ["of them trained", *(f"{one['parameters']['trained']:,}" for one in summaries)],
         ["epochs", *(str(one["epochs"]) for one in summaries)],
@@ -110,7 +109,7 @@ def _equal(runs: Sequence[RunResult]) -> str:
 
 
 def _settings(result: Comparison) -> str:
-    rows = [[escape(name), *(escape(_text(value)) for value in values)] for name, values in result.differing.items()]
+    rows = [[escape(name), *(escape(in_words(value)) for value in values)] for name, values in result.differing.items()]
     if not rows:
         return "<p>None.</p>"
     return _table("Settings that differ", _names(result.runs), rows)
@@ -123,11 +122,3 @@ def _losses(runs: Sequence[RunResult]) -> str:
         for number in range(epochs)
     ]
     return _table("Mean training loss of each epoch", _names(runs), rows, first="epoch")
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

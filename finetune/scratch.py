@@ -47,16 +47,17 @@ SCRATCH: dict[str, Any] = {
     "weights": "none",
     "train_layers": ("all",),
     "head_lr_scale": 1.0,
+    "lr_scales": (),
     "image_size": 32,
     "windows": "off",
 }
 """What every from-scratch run has: nothing is loaded and everything trains, on images of 32 × 32 pixels."""
 
 BY_OPTIMIZER: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.2, "lr_scales": (), "weight_decay": 5e-4},
-    "muon": {"lr": 0.1, "lr_scales": (), "weight_decay": 0.02},
-    "adam": {"lr": 1e-3, "lr_scales": (), "weight_decay": 0.0},
-    "adamw": {"lr": 1e-3, "lr_scales": (), "weight_decay": 5e-4},
+    "sgd": {"lr": 0.2, "weight_decay": 5e-4},
+    "muon": {"lr": 0.1, "weight_decay": 0.02},
+    "adam": {"lr": 1e-3, "weight_decay": 0.0},
+    "adamw": {"lr": 1e-3, "weight_decay": 5e-4},
 }
 """Peak rate and weight decay that suit each optimiser; auto is sgd here."""
 
@@ -200,6 +201,7 @@ def baseline_recipe(arch: str, which: str, given: dict[str, Any]) -> Recipe:
     asked = given.get("optimizer", settings["optimizer"])
     if asked != settings["optimizer"]:
         asked = "sgd" if asked == AUTO else asked
+        settings["lr_scales"] = ()  # which go with a rate
         settings |= BY_OPTIMIZER.get(asked, {}) | OPTIMIZER_BY_NETWORK.get(asked, {}).get(arch, {})
     if continued:
         settings["lr"] /= GENTLER
