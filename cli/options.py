@@ -105,14 +105,16 @@ def _number_or_auto(name: str, *, whole: bool) -> Callable[[str], float | str]:
 
 
 def _lists(settings: dict[str, Any]) -> dict[str, Any]:
-    """Split the comma-separated lists among the settings."""
+    """Split the comma-separated lists among the settings; `none`, which help shows for an empty one, empties it."""
     lists = {item.name for item in dataclasses.fields(Recipe) if str(item.type).startswith("tuple")}
     split = {
         name: tuple(part.strip() for part in value.split(",") if part.strip()) if name in lists else value
         for name, value in settings.items()
     }
     for name in (lists & split.keys()) - {"train_layers"}:  # of which `check` says what to name
-        if settings[name] and not split[name]:
+        if split[name] == ("none",):
+            split[name] = ()
+        elif settings[name] and not split[name]:
             raise UsageError(f"{flag(name)} is '{settings[name]}' and names nothing; list what it is to hold, as a,b.")
     return split
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from finetune.arch import network_settings, resolve_network, settings_with_weights
 from finetune.augment import Preprocessing
 from finetune.layers import Selection, freeze, select_layers
-from finetune.rates import parse_scales, require_scaled
+from finetune.rates import parse_scales, require_scaled, scales_in
 from finetune.recipe import Recipe
 from weights.arch import Arch
 from weights.errors import UsageError
@@ -61,16 +61,37 @@ def find_weights(recipe: Recipe) -> Found:
         UsageError: unknown arch or layer, or a setting that the network does not have.
         WeightsError: no weights, several that could be meant, or settings that disagree with theirs.
     """
+    arch, found, selection = _look_up(recipe)
+    require_scaled(parse_scales(recipe.lr_scales), selection.trained)
+    return found or locate(arch, recipe.weights, recipe.weights_dir)
+
+
+def with_own_scales(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Return the recipes of several cuts of one network, each with those of the lr_scales whose layers it trains.
+
+    Args:
+        recipes: read as by `find_weights`; they have the same lr_scales.
+
+    Raises:
+        UsageError: as for `find_weights`, or a name that has no layer in any of the cuts.
+        WeightsError: as for `find_weights`.
+    """
+    if not any(recipe.lr_scales for recipe in recipes):
+        return list(recipes)
+    trained = [_look_up(recipe)[2].trained for recipe in recipes]
+    require_scaled(parse_scales(recipes[0].lr_scales), dict.fromkeys(name for names in trained for name in names))
+    return [replace(one, lr_scales=scales_in(one.lr_scales, own)) for one, own in zip(recipes, trained, strict=True)]
+
+
+def _look_up(recipe: Recipe) -> tuple[Arch, Found | None, Selection]:
+    """Return the network, its weights where no download may be needed for them, and what trains."""
     arch = resolve_network(recipe.arch)
-    head = head_names(arch)
     size = recipe.image_size or int(arch.config["input_size"][-1])
     settings, found = network_settings(recipe, arch), None
     if recipe.weights != "auto":  # a download waits until the layers are known to be there
         found = locate(arch, recipe.weights, recipe.weights_dir)
         settings = settings_with_weights(recipe, found)
-    selection = select_layers(outline(arch, 2, size, settings), recipe.train_layers, head)
-    require_scaled(parse_scales(recipe.lr_scales), selection.trained)
-    return found or locate(arch, recipe.weights, recipe.weights_dir)
+    return arch, found, select_layers(outline(arch, 2, size, settings), recipe.train_layers, head_names(arch))
 
 
 def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> Prepared:

@@ -40,6 +40,18 @@ def scale_of(parameter: str, scales: Mapping[str, float]) -> float:
     return scales[max(ends, key=lambda name: (ends[name], len(name)))] if ends else 1.0
 
 
+def scales_in(texts: Sequence[str], trained: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the texts whose name has a parameter that trains.
+
+    Args:
+        texts: such as "layer3=0.1"; `parse_scales` has taken them.
+        trained: names of the parameters that train.
+    """
+    parameters = list(trained)
+    named = zip(texts, parse_scales(texts), strict=True)
+    return tuple(text for text, name in named if any(_end_in(name, parameter) for parameter in parameters))
+
+
 def _end_in(name: str, parameter: str) -> int:
     """Return where the parts of a name end in a parameter's name, 0 where they do not stand in it."""
     place = f".{parameter}.".rfind(f".{name}.")

@@ -62,7 +62,7 @@ class Recipe:
     head_lr_scale: float = _setting(10.0, "Learning rate of layers that start fresh (the head), as a multiple of --lr.")
     lr_scales: tuple[str, ...] = _setting(
         (),
-        "Layers that learn at a multiple of their rate: layer3=0.1,shortcut=0.2 (any part of their names); '' is none.",
+        "Layers that learn at a multiple of their rate: layer3=0.1,shortcut=0.2 (any part of their names).",
     )
     optimizer: str = _setting(
         AUTO,

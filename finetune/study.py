@@ -8,10 +8,10 @@ import torch
 
 from finetune.data import DATA_NAMES, require_data
 from finetune.events import Events
-from finetune.grid import Grid
+from finetune.grid import Candidate, Grid
 from finetune.images import DataSplits
 from finetune.job import Job, Shared, Stop, prepare, read_splits, watched
-from finetune.models import find_weights
+from finetune.models import find_weights, with_own_scales
 from finetune.plan import duration
 from finetune.recipe import Recipe
 from finetune.splits import places_of_shots, with_shots
@@ -29,6 +29,7 @@ class Study:
         arch: full timm name.
         whole: the splits with all training images.
         data: the splits by images of every class.
+        candidates: the combinations, those of one cut after another.
         jobs: by layers that train, each on the most images.
         subsets: the smaller training sets among the largest.
         events: told of everything, each note once.
@@ -40,6 +41,7 @@ class Study:
     arch: str
     whole: DataSplits
     data: dict[int | None, DataSplits]
+    candidates: tuple[Candidate, ...]
     jobs: dict[tuple[str, ...], Job]
     subsets: tuple[Subset, ...]
     events: Events
@@ -61,16 +63,15 @@ class Study:
 
         It counts one pass over the frozen part, the longest, and all training images for every run.
         """
-        candidates = self.grid.candidates(self.recipe)
         seconds = 0.0
-        for candidate in candidates:
+        for candidate in self.candidates:
             plan = self.jobs[candidate.recipe.train_layers].plan
             told = plan.estimate()["seconds"]
             seconds += told["train"] + told["eval"]
         features = max(job.plan.feature_seconds for job in self.jobs.values())
         most = "at most " if self.subsets else ""
         once = f", after {duration(features)} for the features" if features else ""
-        return f"{len(candidates)} runs, expected to take {most}{duration(seconds)}{once}"
+        return f"{len(self.candidates)} runs, expected to take {most}{duration(seconds)}{once}"
 
 
 def look(recipe: Recipe, grid: Grid, events: Events, stop: Stop, words: str) -> Study:
@@ -88,10 +89,12 @@ def look(recipe: Recipe, grid: Grid, events: Events, stop: Stop, words: str) -> 
         WeightsError, DataError: as for `prepare`.
     """
     watching = watched(events, stop, words)
-    first = {candidate.recipe.train_layers: candidate.recipe for candidate in reversed(grid.candidates(recipe))}
+    candidates = grid.candidates(recipe)
+    first = {candidate.recipe.train_layers: candidate.recipe for candidate in reversed(candidates)}
     bases = {layers: replace(first[layers], shots=grid.most) for layers in grid.train_layers}
     if recipe.data not in DATA_NAMES:
         require_data(recipe.data, labels=recipe.labels)  # before weights are looked for, as a run does
+    bases = dict(zip(bases, with_own_scales(list(bases.values())), strict=True))
     found = [find_weights(base) for base in bases.values()]  # a wrong layer name in any of them is answered now
     whole = read_splits(replace(recipe, shots=None), found[0], watching)
     if whole.val is None:
@@ -109,7 +112,11 @@ def look(recipe: Recipe, grid: Grid, events: Events, stop: Stop, words: str) -> 
         if shots is not None and shots != grid.most
     ]
     arch = next(iter(jobs.values())).prepared.arch
-    return Study(recipe, grid, arch.full_name, whole, data, jobs, tuple(subsets), events, stop)
+    own = tuple(
+        replace(one, recipe=replace(one.recipe, lr_scales=bases[one.recipe.train_layers].lr_scales))
+        for one in candidates
+    )
+    return Study(recipe, grid, arch.full_name, whole, data, own, jobs, tuple(subsets), events, stop)
 
 
 def _require_different(jobs: dict[tuple[str, ...], Job]) -> None:

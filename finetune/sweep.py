@@ -176,7 +176,7 @@ class _State:
 def _carry_out(study: Study, directory: RunDirectory, state: _State, started: float) -> Sweep:
     """Features, runs, choice, test, page."""
     path = directory.path
-    candidates = study.grid.candidates(study.recipe)
+    candidates = study.candidates
     before = state.seconds
 
     def result(advice: Advice | None = None) -> Sweep:

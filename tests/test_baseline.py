@@ -147,6 +147,10 @@ def test_show_recipe_prints_what_a_run_would_take() -> None:
     assert done.exit_code == 0
     shown = tomllib.loads(done.stdout)
     assert (shown["arch"], shown["lr"], shown["epochs"]) == ("finetune_identity", 0.05, 3)
+    none = ["--blocks", "none", "--lr-scales", "none"]
+    done = CliRunner().invoke(app, ["baseline", "--arch", "figure1_shared", *none, "--show-recipe"])
+    shown = tomllib.loads(done.stdout)
+    assert (shown["blocks"], shown["lr_scales"]) == ([], [])
     done = CliRunner().invoke(app, ["baseline", "--arch", "identiti", "--show-recipe"])
     assert (done.exit_code, done.stdout) == (2, "")
     assert 'Unknown architecture "identiti"; did you mean' in done.stderr

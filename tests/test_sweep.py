@@ -323,6 +323,18 @@ def test_values_that_cannot_be_tried(done: Done, tmp_path: Path) -> None:
     )
 
 
+def test_each_cut_takes_the_slower_layers_that_it_trains(done: Done, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(done.recipe, lr_scales=("layer4.0=0.1", "fc.bias=2"))
+    grid = make_grid(recipe, train_layers=["layer4,fc", "fc"])
+    sweep(recipe, grid, tmp_path / "sweep")
+    taken = {name: read_toml(tmp_path / "sweep" / name / "recipe.toml")["lr_scales"] for name in ("layer4+fc", "fc")}
+    assert taken == {"layer4+fc": ["layer4.0=0.1", "fc.bias=2"], "fc": ["fc.bias=2"]}
+    nowhere = dataclasses.replace(recipe, lr_scales=("fc.bias=2", "layer3=0.1"))
+    assert words(UsageError, nowhere, grid, tmp_path / "new").startswith(
+        "--lr-scales names 'layer3', and nothing that trains is called so; did you mean layer4?"
+    )
+
+
 def test_a_sweep_needs_validation_images(done: Done, tmp_path: Path) -> None:
     recipe = dataclasses.replace(done.recipe, val_fraction=0.0)
     assert words(UsageError, recipe, make_grid(recipe, lr="0.01,0.1"), tmp_path / "new") == (

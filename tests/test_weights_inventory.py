@@ -185,15 +185,24 @@ def test_a_link_to_nothing_and_a_config_of_the_wrong_kind(models: Path, original
     run = models / "run"
     run.mkdir()
     (run / "model.safetensors").write_bytes(original.read_bytes())
-    (run / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": {"mean": 0.5}}))
+
+    def say(mean: object) -> None:
+        config = {"architecture": "test_resnet", "pretrained_cfg": {"mean": mean}}
+        (run / "config.json").write_text(json.dumps(config))
+
+    say(0.5)
     listed = rows("weights", "list", "--weights-dir", str(models))
     assert [row["source"] for row in listed] == ["local file model.safetensors", "local file sound.safetensors"]
     found = rows("weights", "verify", str(models), code=1)
     assert [row["problem"] for row in found] == [
-        "The config.json of test_resnet has mean 0.5; expected a list of numbers. Mend it, or give the weights alone "
-        "in another folder.",
+        "The config.json of test_resnet has mean 0.5; expected a list of three numbers, or of one for all colours. "
+        "Mend it, or give the weights alone in another folder.",
         None,
     ]
+    for wrong in ([0.5, 0.4], [0.5, 0.4, 0.3, 0.2], [], [0.5, "0.4", 0.3]):
+        say(wrong)
+        told = rows("weights", "verify", str(models), code=1)[0]["problem"]
+        assert "expected a list of three numbers, or of one for all colours" in told
 
 
 def test_verify_of_nothing(models: Path) -> None:

@@ -71,8 +71,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not either
 
 
-def _numbers(value: object, most: int) -> bool:
-    return isinstance(value, list | tuple) and 1 <= len(value) <= most and all(is_number(part) for part in value)
+def _numbers(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) in (1, 3) and all(is_number(part) for part in value)
 
 
 def _whole(value: object, least: int, most: int) -> bool:
@@ -101,8 +101,11 @@ def _small(value: object, depth: int) -> bool:
 
 _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "input_size": (_size, f"three whole numbers from 1 to {LARGEST_SIDE:,}"),
-    "mean": (lambda value: _numbers(value, 4), "a list of numbers"),
-    "std": (lambda value: _numbers(value, 4) and 0 not in value, "a list of numbers other than 0"),  # type: ignore[operator]
+    "mean": (_numbers, "a list of three numbers, or of one for all colours"),
+    "std": (
+        lambda value: _numbers(value) and 0 not in value,  # type: ignore[operator]
+        "a list of three numbers other than 0, or of one for all colours",
+    ),
     "interpolation": (lambda value: isinstance(value, str), "a text"),
     "classifier": (_names, "names of layers"),
     "num_classes": (lambda value: _whole(value, 0, MOST_CLASSES), f"a whole number from 0 to {MOST_CLASSES:,}"),
