@@ -1,4 +1,4 @@
-"""`finetune cache list|clear`: the cached features."""
+"""`finetune cache list|clear`: features and decoded photos that are kept for the next run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 
 from cli.console import print_lines, print_table
 
-app = typer.Typer(no_args_is_help=True, help="Show or clear cached features.")
+app = typer.Typer(no_args_is_help=True, help="Show or clear cached features and photos.")
 
 Folder = Annotated[
-    Path | None, typer.Option("--cache-dir", help="Folder of cached features.", show_default="the user's")
+    Path | None, typer.Option("--cache-dir", help="Folder of what is cached.", show_default="the user's")
 ]
 
 
@@ -23,7 +23,7 @@ def list_command(
     cache_dir: Folder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """List cached features, the most recently used first."""
+    """List cached features and decoded photos, the most recently used first."""
     from finetune.cache import default_cache_dir, list_entries
     from finetune.placement import size
 
@@ -34,7 +34,7 @@ def list_command(
         print(json.dumps(rows, indent=2))
         return
     if not entries:
-        print_lines([f"No cached features in {folder}."])
+        print_lines([f"Nothing is cached in {folder}."])
         return
     columns = [("key", "left"), ("size", "right"), ("last used", "left"), ("rows", "right")]
     columns += [("images", "left"), ("network", "left")]
@@ -69,7 +69,7 @@ def _named(about: dict[str, Any]) -> tuple[str, str]:
 
 @app.command("clear")
 def clear_command(cache_dir: Folder = None) -> None:
-    """Delete all cached features, except those that a run is writing now, and remembered timings."""
+    """Delete cached features and photos, except those that a run is writing now, and remembered timings."""
     from finetune.cache import clear, default_cache_dir, list_entries
     from finetune.placement import size
     from finetune.precision import forget

@@ -21,6 +21,7 @@ from finetune.cifar import (
     cifar_folder,
     read_cifar,
 )
+from finetune.decoded import DecodedCache
 from finetune.downloads import data_cache, download_cifar, not_found
 from finetune.folder import has_classes, has_splits, read_folder, refuse_links_out, require_inside, subfolders
 from finetune.images import DataSplits, Progress, RawData, first_few
@@ -56,6 +57,7 @@ def load_data(
     seed: int = 0,
     progress: Progress | None = None,
     download: bool = True,
+    kept: DecodedCache | None = None,
 ) -> DataSplits:
     """Load a data set and split it.
 
@@ -71,6 +73,7 @@ def load_data(
         seed: decides which images are held out and kept.
         progress: called as progress(what, done, total) while images are decoded or drawn.
         download: fetch CIFAR by name when it is nowhere.
+        kept: where decoded images of folders and shards stay for the next command; None is nowhere.
 
     Returns:
         The splits; images uint8 (N, 3, H, W), one size in all splits.
@@ -88,6 +91,7 @@ def load_data(
         image_memory=image_memory,
         progress=progress,
         download=download,
+        kept=kept,
     )
     return make_splits(raw, val_fraction=val_fraction, limit=limit, shots=shots, seed=seed)
 
@@ -101,6 +105,7 @@ def read_data(
     image_memory: int | None = None,
     progress: Progress | None = None,
     download: bool = True,
+    kept: DecodedCache | None = None,
 ) -> RawData:
     """Load a data set as it is found, before anything is held out. Arguments and errors are those of `load_data`."""
     if labels not in ("fine", "coarse"):
@@ -110,9 +115,9 @@ def read_data(
     try:
         found = find_data(data, data_dir=data_dir, labels=labels, download=download)
         if isinstance(found, ShardSet):
-            return read_shards(found, image_size=image_size, memory=image_memory, progress=progress)
+            return read_shards(found, image_size=image_size, memory=image_memory, progress=progress, kept=kept)
         if isinstance(found, Path):
-            return read_folder(found, image_size=image_size, memory=image_memory, progress=progress)
+            return read_folder(found, image_size=image_size, memory=image_memory, progress=progress, kept=kept)
         return read_set(found, labels=labels, progress=progress)
     except OSError as error:  # a folder without permission, a disk that fails
         raise cannot_read(data, error) from error

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from finetune.decoded import DecodedCache
 from finetune.images import Progress, RawData, first_few
 from finetune.stream import load_splits
 from weights.errors import DataError, near_matches
@@ -137,7 +138,14 @@ def has_classes(root: Path) -> bool:
     return any(is_image(file) for folder in subfolders(root) for file in walk(folder))
 
 
-def read_folder(root: Path, *, image_size: int, memory: int | None = None, progress: Progress | None = None) -> RawData:
+def read_folder(
+    root: Path,
+    *,
+    image_size: int,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    kept: DecodedCache | None = None,
+) -> RawData:
     """Read an image folder, decoded to uint8.
 
     Args:
@@ -145,6 +153,7 @@ def read_folder(root: Path, *, image_size: int, memory: int | None = None, progr
         image_size: side of the decoded squares; smaller when all images share a smaller shorter side.
         memory: as for `load_splits`.
         progress: called as progress("decode", done, total).
+        kept: as for `load_splits`.
 
     Returns:
         The splits that are there; images uint8 (N, 3, S, S) with one S in all of them.
@@ -159,8 +168,8 @@ def read_folder(root: Path, *, image_size: int, memory: int | None = None, progr
     listings = {split: _list_split(place, classes, split) for split, place in places.items()}
 
     parts = {split: (listing.files, listing.labels) for split, listing in listings.items()}
-    sets = load_splits(parts, classes, image_size=image_size, memory=memory, progress=progress)
     name = root.resolve().name or "folder"
+    sets = load_splits(parts, classes, image_size=image_size, memory=memory, progress=progress, kept=kept, name=name)
     pile = places["train"] == root
     notes = _passed_over(root, list(listings.values()))
     return RawData(name, sets["train"], sets.get("val"), sets.get("test"), notes, hold_out_test=pile)

@@ -20,9 +20,10 @@ import torch
 from finetune.augment import Views, make_views
 from finetune.auto import choice_told, settle_auto, trains_fresh_stage
 from finetune.cache import key_of
-from finetune.compute import Computing, decide
+from finetune.compute import Computing, cache_folder, decide
 from finetune.cut import Cut, cut_model
 from finetune.data import DATA_NAMES, load_data, require_data
+from finetune.decoded import DecodedCache
 from finetune.device import pick_device
 from finetune.events import Events
 from finetune.images import DataSplits, ImageSet
@@ -32,7 +33,7 @@ from finetune.memory import exhaustion_explained
 from finetune.models import Prepared, find_weights, prepare_model
 from finetune.plan import Plan
 from finetune.ranks import Ranks
-from finetune.recipe import PLACES, Recipe, check, flag, resolve_auto, to_table
+from finetune.recipe import AUTO, PLACES, Recipe, check, flag, resolve_auto, to_table
 from finetune.rundir import require_empty
 from finetune.scratch import few_steps
 from finetune.sharing import require_rows
@@ -242,7 +243,15 @@ def read_splits(recipe: Recipe, found: Found, events: Events, processes: int = 1
         shots=recipe.shots,
         seed=recipe.seed,
         progress=events.progress,
+        kept=_kept_images(recipe, events),
     )
+
+
+def _kept_images(recipe: Recipe, events: Events) -> DecodedCache | None:
+    """Return where decoded images stay for the next command, if anything does."""
+    if recipe.cache not in (AUTO, "disk"):
+        return None
+    return DecodedCache(cache_folder(recipe), parse_bytes(recipe.cache_limit, "--cache-limit"), events.note)
 
 
 def _require_validation(recipe: Recipe, data: DataSplits) -> None:

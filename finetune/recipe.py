@@ -128,11 +128,11 @@ class Recipe:
     compile: str = _setting(AUTO, "auto compiles when that saves more than it costs.", choices=(AUTO, "on", "off"))
     cache: str = _setting(
         AUTO,
-        "Where frozen features stay: auto keeps them on disk for the next run, ram, disk, or off.",
+        "Where frozen features stay: auto keeps them and decoded photos on disk for the next run, ram, disk, or off.",
         choices=(AUTO, "ram", "disk", "off"),
     )
-    cache_dir: Path | None = _setting(None, "Folder of cached features; auto is the user's cache folder.")
-    cache_limit: str = _setting("50GB", "Most that cached features may take on disk; the oldest go first.")
+    cache_dir: Path | None = _setting(None, "Folder of what is kept for the next run; auto is the user's cache folder.")
+    cache_limit: str = _setting("50GB", "Most that features and photos may take there on disk; the oldest go first.")
     memory_budget: str | None = _setting(
         None,
         "Most memory for features; auto is 60 % of what is free, of a GPU's own what training leaves. "

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune.decoded import DecodedCache
 from finetune.folder import IMAGE_SUFFIXES, require_inside
 from finetune.images import Progress, RawData, first_few
 from finetune.shards import ShardSet, name_of
@@ -64,7 +65,12 @@ class Listed:
 
 
 def read_shards(
-    found: ShardSet, *, image_size: int, memory: int | None = None, progress: Progress | None = None
+    found: ShardSet,
+    *,
+    image_size: int,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    kept: DecodedCache | None = None,
 ) -> RawData:
     """Read shards: their headers and labels at once, their images as `load_splits` does.
 
@@ -73,16 +79,24 @@ def read_shards(
         image_size: side of the decoded squares, at most.
         memory: as for `load_splits`.
         progress: called as progress(what, done, total).
+        kept: as for `load_splits`.
 
     Raises:
         DataError: as for `list_samples`, or images that cannot be read.
         OSError: a shard that cannot be read.
     """
     listed = list_samples(found, progress)
-    sets = load_splits(listed.splits, listed.classes, image_size=image_size, memory=memory, progress=progress)
-    return RawData(
-        name_of(found), sets["train"], sets.get("val"), sets.get("test"), listed.notes, hold_out_test=found.pile
+    name = name_of(found)
+    sets = load_splits(
+        listed.splits,
+        listed.classes,
+        image_size=image_size,
+        memory=memory,
+        progress=progress,
+        kept=kept,
+        name=name,
     )
+    return RawData(name, sets["train"], sets.get("val"), sets.get("test"), listed.notes, hold_out_test=found.pile)
 
 
 def list_samples(found: ShardSet, progress: Progress | None = None) -> Listed:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.decode import CHUNK, ImageFile, Receiver, decode_files, decode_image, reason_of
+from finetune.decoded import DecodedCache
 from finetune.device import PREFIX_BATCH
 from finetune.images import Images, ImageSet, Progress
 from finetune.machine import free_memory
@@ -255,6 +256,8 @@ def load_splits(
     image_size: int,
     memory: int | None = None,
     progress: Progress | None = None,
+    kept: DecodedCache | None = None,
+    name: str = "",
 ) -> dict[str, ImageSet]:
     """Return the splits of a data set whose images are files: in memory where they fit, else streamed.
 
@@ -264,6 +267,8 @@ def load_splits(
         image_size: side of the decoded squares, at most.
         memory: bytes that decoded images may take; None is `HEADROOM` of what is free, and so is anything above it.
         progress: called as progress("decode", done, total).
+        kept: where decoded images that fit in memory come from, if they are there, and stay; None is nowhere.
+        name: of the data, for people.
 
     Raises:
         DataError: images that cannot be read, or are so large that not even `LEAST` of them fit in memory.
@@ -272,6 +277,35 @@ def load_splits(
     labels = [label for _, part in splits.values() for label in part]
     free = free_memory()
     room = int(HEADROOM * free) if memory is None else min(memory, int(HEADROOM * free))
+    about = kept.identity(files, image_size) if kept else None
+    images: Images | None = kept.recall(about, len(files), room // COPIES, progress) if kept and about else None
+    if images is None:
+        begun = time.perf_counter()
+        images = _decode(files, labels, classes, image_size, room, free, progress)
+        seconds = time.perf_counter() - begun
+        if isinstance(images, Streamed):
+            images.decoder.rate = len(files) / max(1e-9, seconds)
+        elif kept and about:
+            kept.keep(about, files, images[:], seconds=seconds, name=name, progress=progress)
+    sets, start = {}, 0
+    for split, (part, numbers) in splits.items():
+        stop = start + len(part)
+        own = images.part(np.arange(start, stop)) if isinstance(images, Streamed) else images[start:stop]
+        sets[split] = ImageSet(own, torch.tensor(numbers, dtype=torch.int64), classes)
+        start = stop
+    return sets
+
+
+def _decode(
+    files: Sequence[ImageFile],
+    labels: Sequence[int],
+    classes: Sequence[str],
+    image_size: int,
+    room: int,
+    free: int,
+    progress: Progress | None,
+) -> Images:
+    """Decode all images, into memory where they fit in `room` of the `free` bytes, else to know their digests."""
     made: list[Images] = []
 
     def receiver(side: int, resize: bool) -> Receiver:
@@ -285,18 +319,8 @@ def load_splits(
         made.append(Streamed(decoder, np.arange(len(files))))
         return decoder.learn
 
-    begun = time.perf_counter()
     decode_files(files, image_size, receiver, progress)
-    images = made[-1]
-    if isinstance(images, Streamed):
-        images.decoder.rate = len(files) / max(1e-9, time.perf_counter() - begun)
-    sets, start = {}, 0
-    for split, (part, numbers) in splits.items():
-        stop = start + len(part)
-        own = images.part(np.arange(start, stop)) if isinstance(images, Streamed) else images[start:stop]
-        sets[split] = ImageSet(own, torch.tensor(numbers, dtype=torch.int64), classes)
-        start = stop
-    return sets
+    return made[-1]
 
 
 def _require_room(count: int, side: int, free: int, advice: str) -> None:

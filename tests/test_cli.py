@@ -247,7 +247,7 @@ def test_layers_errors() -> None:
 
 def test_cache_commands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ["--cache-dir", "own"]
-    assert invoke("cache", "list", *own).stdout == "No cached features in own.\n"
+    assert invoke("cache", "list", *own).stdout == "Nothing is cached in own.\n"
     assert json.loads(invoke("cache", "list", *own, "--json").stdout) == []
     assert invoke("cache", "clear", *own).stdout.startswith("0 bytes freed, 0 entries deleted\n0 remembered timings")
     invoke(*run_words(root, cache_dir="own"))
@@ -262,7 +262,7 @@ def test_cache_commands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert re.search(rf" cifar100 {images} +test_resnet\.r160_in1k, 32 px, float32 *$", table, re.M), images
     cleared = invoke("cache", "clear", *own).stdout
     assert re.match(r"\d+\.\d kB freed, 4 entries deleted\n2 remembered timings forgotten; the next run", cleared)
-    assert invoke("cache", "list", *own).stdout == "No cached features in own.\n"
+    assert invoke("cache", "list", *own).stdout == "Nothing is cached in own.\n"
 
 
 # Errors: usage

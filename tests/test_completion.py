@@ -34,4 +34,4 @@ def test_zsh_and_fish_are_told_them_with_their_help() -> None:
     for shell in ("zsh", "fish"):
         told = answer(shell, "finetune ")
         assert all(name in told for name in COMMANDS)
-        assert "Show or clear cached features" in told
+        assert "Show or clear cached features and photos" in told

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from finetune import decoded
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -20,7 +22,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("decode")
 
 
-def test_both_sides_decode_the_same_photos(benchmark: Any, tmp_path: Path) -> None:
+def test_both_sides_decode_the_same_photos(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = benchmark.draw_photos(tmp_path, 8, 50, 38)
     files = sorted(tmp_path.rglob("*.jpg"))
     assert len(files) == 8
@@ -29,6 +31,10 @@ def test_both_sides_decode_the_same_photos(benchmark: Any, tmp_path: Path) -> No
         assert photo.size == (50, 38)
     ours = benchmark.decode_ours(tmp_path, 24)
     theirs = benchmark.decode_theirs(tmp_path, 24, 0, 3)
+    monkeypatch.setattr(decoded, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(decoded, "LEAST_SECONDS", decoded.LEAST_SECONDS)  # the benchmark changes it
+    again = benchmark.decode_again(tmp_path, 24)
+    assert (again["images"], again["mean"]) == (ours["images"], ours["mean"])
     assert ours["images"] == theirs["images"] == 8
     assert abs(ours["mean"] - theirs["mean"]) < benchmark.NEAR / 4
     assert min(ours["seconds"], theirs["seconds"]) > 0
@@ -38,13 +44,16 @@ def found(ours: list[float], theirs: list[float], mean: float = 100) -> dict[str
     def rounds(all_seconds: list[float], mean: float) -> list[dict[str, float]]:
         return [{"seconds": seconds, "images": 100, "mean": mean, "memory": 0.5} for seconds in all_seconds]
 
-    return {"finetune": rounds(ours, 100), "torchvision": rounds(theirs, mean)}
+    again = [seconds / 50 for seconds in ours]
+    return {"finetune": rounds(ours, 100), "finetune-again": rounds(again, 100), "torchvision": rounds(theirs, mean)}
 
 
 def test_the_ratio_is_of_medians(benchmark: Any) -> None:
     text = benchmark.show(found([1, 2, 10], [3, 5, 4]), 2)
-    assert "finetune decodes 2.00 times as fast (single rounds 0.40 to 3.00)." in text
-    ours, theirs = text.splitlines()[2:4]
+    assert (
+        "finetune decodes 2.00 times as fast (single rounds 0.40 to 3.00), and the next command reads them 50" in text
+    )
+    ours, _, theirs = text.splitlines()[2:5]
     assert [cell.strip() for cell in ours.split("|")[1:-1]] == ["finetune", "50", "10 to 100", "0.50"]
     assert [cell.strip() for cell in theirs.split("|")[2:-1]] == ["25", "20 to 33", "0.50"]
 
@@ -64,7 +73,8 @@ def test_a_result_is_written_with_its_conditions(
     monkeypatch.setattr(benchmark, "in_process", in_process)
     monkeypatch.setattr(sys, "argv", ["decode.py", "--photos", "4", "--output", str(tmp_path)])
     benchmark.main()
-    assert order == ["draw", "finetune", "torchvision", "torchvision", "finetune", "finetune", "torchvision"]
+    there = ["finetune", "finetune-again", "torchvision"]
+    assert order == ["draw", *there, *there[::-1], *there]
     assert "finetune decodes 3.00 times as fast" in capsys.readouterr().out
     lines = (tmp_path / "2026-01-02-decode.md").read_text().splitlines()
     assert {"- commit: abc", "- device: a CPU", "- versions: torch 2"} <= set(lines)
