@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines, print_table
-from cli.options import require_folder
+from cli.options import require_page
 
 if TYPE_CHECKING:
     from finetune.check import Check
@@ -54,7 +54,7 @@ def check_command(
     from finetune.check import check_data
 
     if html is not None:
-        require_folder(html, "--html")
+        require_page(html, "--html")
     with Screen() as screen:
         result = check_data(
             data,

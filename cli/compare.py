@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import print_lines, print_table
-from cli.options import require_folder
+from cli.options import require_page
 
 if TYPE_CHECKING:
     from finetune.compare import Comparison
@@ -34,7 +34,7 @@ def compare_command(
     from finetune.compare import compare
 
     if html is not None:
-        require_folder(html, "--html")
+        require_page(html, "--html")
     result = compare(runs)
     if html is not None:
         from finetune.compare_page import write_page

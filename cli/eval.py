@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import Screen, print_lines, print_table
-from cli.options import require_folder
+from cli.options import require_predictions
 from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def eval_command(
     from finetune.trained import load_trained
 
     if output is not None:
-        require_folder(output, "--output")
+        require_predictions(output, "--output")
     with Screen() as screen:
         result = evaluate(
             load_trained(checkpoint),

@@ -5,7 +5,9 @@ Nothing here imports torch: `finetune --help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from typing import Any
 
@@ -90,8 +92,36 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # Names of classes and files that the terminal's or the pipe's encoding lacks become escapes, not an error.
         sys.stdout.reconfigure(errors="backslashreplace")
-    app(prog_name="finetune")
-    sys.exit(0)
+    code: Any = 0
+    try:
+        app(prog_name="finetune")
+    except SystemExit as ended:
+        code, error = ended.code, _output_error("")
+    except OSError:
+        error = _output_error("\n")  # of what failed, nothing is left to be written again
+        if error is None:
+            raise
+    if error is not None:
+        if error.errno != errno.EPIPE:  # whoever read it has seen enough
+            from cli.console import print_error
+
+            print_error(
+                f"Standard output cannot be written ({error.strerror}); send it elsewhere, or make room. Files that "
+                "were written are kept."
+            )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds
+        code = code or 1
+    sys.exit(code)
+
+
+def _output_error(text: str) -> OSError | None:
+    """Return what keeps a text, after all that went before, from standard output, if anything does."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
 
 
 if __name__ == "__main__":

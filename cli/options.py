@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from finetune.page import GENERATOR
 from finetune.recipe import AUTO, Recipe, flag, from_table, read_toml, to_table
 from weights.errors import UsageError
 
@@ -143,3 +145,49 @@ def require_folder(path: Path, option: str) -> None:
     """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path} lies in a folder that does not exist; make {path.parent}, or give another.")
+
+
+def require_page(path: Path, option: str) -> None:
+    """Refuse a page to be written where that cannot be, or where something else is; an earlier page may be replaced.
+
+    Raises:
+        UsageError: there is no such folder, or something that is no page of this program's.
+    """
+
+    def is_page() -> bool:
+        with path.open("rb") as file:
+            return GENERATOR.encode() in file.read(2000)
+
+    _require_file(path, option, is_page, "page of this program's")
+
+
+def require_predictions(path: Path, option: str) -> None:
+    """Refuse predictions to be written where that cannot be, or where something else is; earlier ones may be replaced.
+
+    Raises:
+        UsageError: there is no such folder, or something that is no file of predictions.
+    """
+
+    def is_predictions() -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return {"logits", "labels"} <= set(file.keys()) <= {"logits", "labels", "shown", "pictures"}
+        except SafetensorError:
+            return False
+
+    _require_file(path, option, is_predictions, "file of predictions")
+
+
+def _require_file(path: Path, option: str, may_go: Callable[[], bool], what: str) -> None:
+    require_folder(path, option)
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; give the name of a file.")
+    try:
+        if path.exists() and not may_go():
+            raise UsageError(f"{option} {path} is there already and is no {what}, so it is kept; give another name.")
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be read ({error.strerror}); give another name.") from error
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"{option} {path} lies in a folder that cannot be written; give another.")

@@ -119,7 +119,7 @@ def print_sweep(result: Sweep) -> None:
         if not run["diverged"]:
             figures = [f"{run['val_accuracy']:.2f} %", f"{run['train_accuracy']:.2f} %", duration(run["seconds"])]
         rows.append([run["name"], *figures, "diverged" if run["diverged"] else remark(run, plain)])
-    print_table(f"{len(runs)} runs of {result.arch} on {result.data}", columns, rows)
+    print_table(f"{len(runs)} run{'s' * (len(runs) != 1)} of {result.arch} on {result.data}", columns, rows)
     features = f", of it features of all runs {duration(result.feature_seconds)}" if result.feature_seconds else ""
     lines = [*plain["recommendation"], f"time in all     {duration(result.seconds)}{features}"]
     print_lines(["", *lines, f"kept in         {result.output}", f"page            {plain['page']}"])

@@ -184,8 +184,8 @@ class Classifier:
             UsageError: a `topk` below 1, or something that is no image.
             WeightsError: the model's outputs are not finite numbers.
         """
-        if topk < 1:
-            raise UsageError(f"--topk is {topk}; give a whole number of at least 1.")
+        if not isinstance(topk, int) or topk < 1:
+            raise UsageError(f"--topk is {topk!r}; give a whole number of at least 1.")
         coming = iter(images)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             batch: list[Decoded] | None = None

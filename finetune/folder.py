@@ -23,7 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from finetune.decoded import DecodedCache
+from finetune.grid import SWEEP
 from finetune.images import Progress, RawData, first_few
+from finetune.rundir import RECIPE
 from finetune.stream import load_splits
 from weights.errors import DataError, near_matches
 
@@ -76,9 +78,11 @@ def require_inside(path: Path, root: Path) -> None:
         root: the folder, which may be a link itself.
 
     Raises:
-        DataError: it lies elsewhere, and nobody has said that links are to be followed.
+        DataError: it lies elsewhere, or would, and nobody has said that links are to be followed.
     """
     if not os.environ.get(FOLLOW) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        if path.is_symlink() and not path.exists():
+            raise DataError(f"{path} is a link to {path.readlink()}, which is not there; mend the link, or remove it.")
         raise DataError(
             f"{path} is a link that leads out of {root}; expected a folder that holds its own files, so copy what it "
             f"leads to, or set {FOLLOW}=1 if the links are your own."
@@ -172,6 +176,11 @@ def read_folder(
     sets = load_splits(parts, classes, image_size=image_size, memory=memory, progress=progress, kept=kept, name=name)
     pile = places["train"] == root
     notes = _passed_over(root, list(listings.values()))
+    notes += tuple(
+        f"{folder} passed over: it holds runs and no images."
+        for folder in sorted(subfolders(places["train"]))
+        if class_of(folder) not in classes
+    )
     return RawData(name, sets["train"], sets.get("val"), sets.get("test"), notes, hold_out_test=pile)
 
 
@@ -213,7 +222,7 @@ def class_names(train: Path) -> tuple[str, ...]:
     Raises:
         DataError: fewer than two, one that two folders stand for, or splits that hold images instead of classes.
     """
-    classes = tuple(sorted(class_of(folder) for folder in subfolders(train)))
+    classes = tuple(sorted(class_of(folder) for folder in class_folders(train)))
     twice = [name for name, following in pairwise(classes) if name == following]
     if twice:
         raise DataError(f"{train} holds two folders for the class {twice[0]}, spelt with different bytes; merge them.")
@@ -253,7 +262,7 @@ def _list_split(place: Path, classes: tuple[str, ...], split: str) -> _Listing:
         if file.is_file() and not file.name.startswith("."):
             (listing.loose if is_image(file) else listing.strays).append(file)
     index = {name: label for label, name in enumerate(classes)}
-    for folder in sorted(subfolders(place), key=class_of):
+    for folder in sorted(class_folders(place), key=class_of):
         name, files = class_of(folder), list(walk(folder))
         images = sorted((file for file in files if is_image(file)), key=lambda file: file.relative_to(folder).parts)
         strays = [file for file in files if not is_image(file)]
@@ -280,6 +289,21 @@ def subfolders(folder: Path) -> Iterator[Path]:
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir() and not entry.name.startswith(".") and entry.name not in SKIPPED_FOLDERS:
             yield entry
+
+
+def class_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders in a folder that stand for classes: all but those in which runs were written."""
+    return (below for below in subfolders(folder) if not holds_runs(below))
+
+
+def holds_runs(folder: Path) -> bool:
+    """Tell whether a folder holds a run directory, or is one, and holds no image.
+
+    `finetune run --data .` writes runs/ among the classes.
+    """
+    if any(is_image(file) for file in walk(folder)):
+        return False
+    return any((place / name).is_file() for place in (folder, *subfolders(folder)) for name in (RECIPE, SWEEP))
 
 
 def walk(folder: Path) -> Iterator[Path]:

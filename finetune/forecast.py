@@ -79,6 +79,7 @@ def make_plan(
         images=images,
         processes=processes,
         streaming=streaming,
+        done=0,
         **_seconds(recipe, data, computing, missing, processes, 0.0 if streaming is None else 1 / streaming.rate),
     )
 

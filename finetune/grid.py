@@ -93,10 +93,9 @@ class Grid:
         cuts = [tuple(sorted(set(layers))) for layers in self.train_layers]
         axes: dict[str, Sequence[Any]] = {"lr": rates, "weight_decay": self.weight_decay, "shots": self.shots}
         for name, values in (*axes.items(), ("train_layers", cuts)):
-            twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
-            if twice is not None:
-                told = ",".join(twice) if isinstance(twice, tuple) else twice
-                raise UsageError(f"{flag(name)} has {told} twice; name each value once.")
+            twice = [value for place, value in enumerate(values) if value in values[:place]]
+            if twice:
+                raise UsageError(f"{flag(name)} has {_told(name, twice[0])} twice; name each value once.")
 
 
 def make_grid(
@@ -204,7 +203,7 @@ def require_free(folder: Path, grid: Grid, recipe: Recipe) -> None:
         return
     before, now = _table(*read_sweep(folder)), _table(grid, recipe)
     differing = [
-        f"{flag(name)} {_told(new)} (there {_told(old)})"
+        f"{flag(name)} {_told(name, new)} (there {_told(name, old)})"
         for old_table, new_table in ((before, now), (before["recipe"], now["recipe"]))
         for name, new in new_table.items()
         if name != "recipe" and new != (old := old_table.get(name))
@@ -214,8 +213,11 @@ def require_free(folder: Path, grid: Grid, recipe: Recipe) -> None:
     raise RunError(f"{folder} holds this sweep already; go on with finetune sweep --resume {folder}")
 
 
-def _told(value: Any) -> str:
-    if isinstance(value, list):
+def _told(name: str, value: Any) -> str:
+    """Return a setting's value, or a list of them, as it is typed."""
+    if isinstance(value, list | tuple):
         nested = any(isinstance(part, list) for part in value)
-        return (" and " if nested else ",").join(_told(part) for part in value)
+        return (" and " if nested else ",").join(_told(name, part) for part in value)
+    if value in (None, AUTO):
+        return "all" if name == "shots" else AUTO
     return str(value)

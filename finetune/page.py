@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+GENERATOR = '<meta name="generator" content="finetune">'
+"""By this a page is known as one that may be replaced by another."""
+
 STYLE = """
 :root { --page: #fff; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --box: #f5f7f9; --mid: #1b1f24;
   --a: #1769aa; --b: #b3541e; --c: #237a4b; --d: #8447b8; --e: #8a7000; --f: #b83a75; }
@@ -92,6 +95,7 @@ def html_page(title: str, parts: Sequence[str]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
+        f"{GENERATOR}\n"
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"

@@ -132,11 +132,17 @@ def resume(
             if state is not None:
                 checkpoint.require_whole(path, state)
             choices = None if state is None else state["choices"]
-            job = prepare(recipe, watched(events, stop, words), choices=choices, shared=shared, ranks=ranks)
+            telling = events if state is None else _from(checkpoint.progress_of(path, state).epoch, events)
+            job = prepare(recipe, watched(telling, stop, words), choices=choices, shared=shared, ranks=ranks)
             if state is not None:
                 checkpoint.require_same(path, state, job.recipe, job.data, job.prepared)
             with exhaustion_explained(job.computing.smaller):
                 return _carry_out(job, place, state, events, stop, started)
+
+
+def _from(epoch: int, events: Events) -> Events:
+    """Return events whose plan counts the epochs after this one, in which a resumed run goes on."""
+    return replace(events, plan=lambda plan: events.plan(replace(plan, done=epoch)))
 
 
 @dataclass(frozen=True)

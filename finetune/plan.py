@@ -78,6 +78,7 @@ class Plan:
             where features are computed ahead.
         processes: that share the images, their features, and every batch.
         streaming: of images that are decoded as they are wanted; None where they are in memory.
+        done: epochs that a resumed run has behind it.
         batch_size: images per step.
         feature_seconds: expected time for features.
         epoch_seconds: expected time of one epoch of training.
@@ -115,6 +116,7 @@ class Plan:
     images: tuple[str, int] = ("", 0)
     processes: int = 1
     streaming: Streaming | None = None
+    done: int = 0
 
     @property
     def frozen_share(self) -> float:
@@ -124,7 +126,8 @@ class Plan:
     @property
     def total_seconds(self) -> float:
         """Expected time from the plan on, whatever the budget: features, training and evaluation."""
-        return self.feature_seconds + self.epochs * self.epoch_seconds + self.eval_seconds
+        left = (self.epochs - self.done) * (self.epoch_seconds + self.val_seconds)
+        return self.feature_seconds + left + self.test_seconds
 
     def streamed(self) -> str:
         """Return what is to be said of streamed images, as a clause; nothing where they are in memory."""
@@ -261,6 +264,7 @@ class Plan:
         if not self.feature_views:
             rows = "no features to compute, " if self.placement.ahead else ""
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} of {duration(self.epoch_seconds)}"
+        epochs = f"{self.epochs - self.done} left of {epochs}" if self.done else epochs
         if self.budget is not None and self.epochs_in_budget < self.epochs:
             epochs = f"about {self.epochs_in_budget:.1f} of {epochs}"
             lines.append(f"expected: {rows}{epochs}, ended by --budget after {duration(self.budget)}")

@@ -15,7 +15,16 @@ from typing import Any
 
 from finetune.chart import line_chart, reliability_chart
 from finetune.examples import choose_examples
-from finetune.metrics import BINS, UNEVEN, Calibration, calibrate, confusion_matrix, no_test, uneven_recall
+from finetune.metrics import (
+    BINS,
+    UNEVEN,
+    Calibration,
+    calibrate,
+    confusion_matrix,
+    no_test,
+    top_k_accuracy,
+    uneven_recall,
+)
 from finetune.page import bar, contents, head, html_page, html_table, number, row_head, scrolling, section
 from finetune.placement import size
 from finetune.plan import duration
@@ -24,8 +33,10 @@ from finetune.report_classes import Album, class_tables, matrix_part, mistakes_p
 from finetune.results import no_run, read_classes, read_results
 from finetune.rundir import CONFIG, PREDICTIONS, RECIPE
 from weights.atomic import write_atomically
+from weights.errors import RunError
 
 REPORT = "report.html"
+SAME = 0.01  # points by which accuracy from stored logits may differ from the summary's, which is rounded
 
 
 def write_report(
@@ -55,7 +66,7 @@ def rebuild_report(folder: Path) -> Path:
     """Write a finished run's report.html again from the other files of its folder, and return its path.
 
     Raises:
-        RunError: the folder holds no finished run, or a file of it is damaged.
+        RunError: the folder holds no finished run, a file of it is damaged, or the predictions are of other images.
     """
     summary, rows = read_results(folder)
     classes, predictions = read_classes(folder), read_predictions(folder / PREDICTIONS)
@@ -65,6 +76,16 @@ def rebuild_report(folder: Path) -> Path:
             CONFIG,
             ValueError(f"{len(classes)} label_names, but {PREDICTIONS} has {predictions.logits.shape[1]} classes"),
         )
+    if predictions is not None and summary["test_accuracy"] is not None:
+        images, accuracy = len(predictions.labels), top_k_accuracy(predictions.logits, predictions.labels, 1)
+        tested, right = summary["data"]["test"], summary["test_accuracy"]
+        if images != tested or abs(accuracy - right) > SAME:
+            path = folder / PREDICTIONS
+            raise RunError(
+                f"{path} has {images:,} images, {accuracy:.2f} % right, and the run was tested on {tested:,}, "
+                f"{right:.2f} % right; a page would mix the two. Bring the run's own back with finetune eval {folder} "
+                f"--output {path}."
+            )
     write_report(folder, summary, rows, classes, predictions)
     return folder / REPORT
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -200,6 +201,11 @@ def require_empty(output: Path, *, locked: bool = False) -> None:
         RunError: it holds files or folders, or another run is using it.
     """
     if not output.is_dir():
+        there = next(place for place in (output, *output.absolute().parents) if place.exists() or place.is_symlink())
+        if not there.is_dir():
+            raise RunError(f"--output {output} cannot be a folder, since {there} is a file; give another --output.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunError(f"{output} cannot be created, since {there} cannot be written; give another --output.")
         return
     names = {entry.name for entry in output.iterdir()}
     held = sorted(names - {LOCK})

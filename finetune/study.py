@@ -71,7 +71,8 @@ class Study:
         features = max(job.plan.feature_seconds for job in self.jobs.values())
         most = "at most " if self.subsets else ""
         once = f", after {duration(features)} for the features" if features else ""
-        return f"{len(self.candidates)} runs, expected to take {most}{duration(seconds)}{once}"
+        runs = f"{len(self.candidates)} run{'s' * (len(self.candidates) != 1)}"
+        return f"{runs}, expected to take {most}{duration(seconds)}{once}"
 
 
 def look(recipe: Recipe, grid: Grid, events: Events, stop: Stop, words: str) -> Study:

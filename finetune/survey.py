@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.folder import class_names, class_of, find_places, is_image, subfolders, walk
+from finetune.folder import class_folders, class_names, class_of, find_places, is_image, subfolders, walk
 
 
 @dataclass
@@ -65,7 +65,7 @@ def survey_folder(root: Path) -> Survey:
         found.beside += sorted(folder for folder in subfolders(root) if folder not in places.values())
     for number, place in enumerate(places.values()):
         _list_loose(found, place)
-        for folder in sorted(subfolders(place), key=class_of):
+        for folder in sorted(class_folders(place), key=class_of):
             _list_class(found, number, folder)
     return found
 

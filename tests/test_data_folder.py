@@ -17,6 +17,9 @@ from PIL import Image
 
 from finetune.data import load_data
 from finetune.folder import read_folder
+from finetune.grid import SWEEP
+from finetune.rundir import RECIPE
+from finetune.survey import survey_folder
 from weights.errors import DataError
 
 
@@ -212,6 +215,30 @@ def test_splits_without_class_folders_are_not_classes(tmp_path: Path) -> None:
         match="holds test and train with images but no class folders in them; expected a folder for each class",
     ):
         load_data(str(tmp_path))
+
+
+def test_folders_of_runs_among_the_classes(tmp_path: Path) -> None:
+    """As `finetune run --data .` leaves them."""
+    photos = tmp_path / "photos"
+    write_image_folder(tmp_path / "made", 12, 0)
+    (tmp_path / "made" / "train").rename(photos)
+    before = read_folder(photos, image_size=24)
+    for run in (photos / "runs" / "resnet18-photos-0001", photos / "by-hand"):
+        run.mkdir(parents=True)
+        for name in (RECIPE, "model.safetensors", "report.html"):
+            (run / name).touch()
+    (photos / "runs" / "sweep-0001").mkdir()
+    (photos / "runs" / "sweep-0001" / SWEEP).touch()
+    raw = read_folder(photos, image_size=24)
+    assert (raw.train.classes, len(raw.train)) == (before.train.classes, len(before.train))
+    assert raw.notes == tuple(
+        f"{photos / name} passed over: it holds runs and no images." for name in ("by-hand", "runs")
+    )
+    assert survey_folder(photos).classes == before.train.classes
+    (photos / "runs" / "resnet18-photos-0001" / RECIPE).unlink()
+    (photos / "runs" / "sweep-0001" / SWEEP).unlink()
+    with pytest.raises(DataError, match="runs holds no images but 2 files"):
+        read_folder(photos, image_size=24)
 
 
 def test_an_empty_class(tmp_path: Path) -> None:

@@ -32,6 +32,13 @@ def test_links_that_nobody_opens_may_lead_anywhere(tmp_path: Path) -> None:
     assert refused(photos).startswith(f"{photos}/train/dog/more/x.png is a link that leads out of {photos}; expected")
 
 
+def test_a_link_to_nothing_is_called_that(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    link, gone = photos / "cat" / "lost.png", tmp_path / "gone.png"
+    damage(link, gone)
+    assert refused(photos) == f"{link} is a link to {gone}, which is not there; mend the link, or remove it."
+
+
 def test_links_among_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     for place in (data / "set", elsewhere):

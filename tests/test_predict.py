@@ -140,6 +140,9 @@ def test_images_that_are_not_square_become_so_as_in_timm(copy: Path) -> None:
 
 def test_top_k(place: Path) -> None:
     classifier = load(place / "run")
+    for wrong in (0, "2", 2.5, None):
+        with pytest.raises(UsageError, match=f"--topk is {wrong!r}; give a whole number of at least 1"):
+            classifier.predict(place / "small", topk=wrong)  # type: ignore[arg-type]
     everything, two = classifier.predict(place / "small"), classifier.predict(place / "small", topk=2)
     for all_classes, first in zip(everything, two, strict=True):
         assert sorted(one.name for one in all_classes.topk) == list(classifier.classes), "four of at most five"

@@ -140,6 +140,24 @@ def test_the_page_is_made_again_from_the_folder(finished: Path, tmp_path: Path) 
     assert page.all("img") == []
 
 
+def test_a_page_does_not_mix_the_run_with_other_images(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    path = copy / "predictions.safetensors"
+    saved = read_predictions(path)
+    assert saved is not None
+    page = (copy / "report.html").read_bytes()
+    for logits, labels in ((saved.logits[:-1], saved.labels[:-1]), (torch.eye(6)[saved.labels], saved.labels)):
+        save_file({"logits": logits.contiguous(), "labels": labels.contiguous()}, path)
+        with pytest.raises(RunError) as error:
+            rebuild_report(copy)
+        assert f"{path} has {len(labels)} images, " in str(error.value)
+        assert str(error.value).endswith(
+            f"a page would mix the two. Bring the run's own back with finetune eval {copy} --output {path}."
+        )
+    assert (copy / "report.html").read_bytes() == page
+
+
 def test_what_is_no_run_has_no_report(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is no finished run .*summary.json.* give a folder that finetune run"):
         rebuild_report(tmp_path)

@@ -25,6 +25,7 @@ from make_run import cifar_recipe, metrics, model_bytes, write_weights
 from finetune.events import Events
 from finetune.fit import Split, Trainer
 from finetune.pipeline import resume, run
+from finetune.plan import Plan
 from finetune.recipe import Recipe, to_toml
 from weights.errors import RunError, StoppedError
 
@@ -78,7 +79,11 @@ def test_stopped_twice_and_resumed(recipe: Recipe, whole: Path, tmp_path: Path) 
     with pytest.raises(StoppedError, match="Stopped after epoch 1 of 3; what was finished is kept"):
         resume(folder, events=events, stop=stop)
     assert [row["epoch"] for row in metrics(folder)] == [1]
-    summary = resume(folder)
+    plans: list[Plan] = []
+    summary = resume(folder, events=Events(plan=plans.append))
+    assert (plans[0].epochs, plans[0].done) == (3, 1)
+    assert "2 left of 3 epochs of" in plans[0].sentences()[-1]
+    assert plans[0].total_seconds < dataclasses.replace(plans[0], done=0).total_seconds
     assert model_bytes(folder) == model_bytes(whole)
     assert metrics(folder) == metrics(whole)
     assert summary["epochs"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from finetune.recipe import Recipe
-from finetune.rundir import RunDirectory, create_run_directory, open_run_directory
+from finetune.rundir import RunDirectory, create_run_directory, open_run_directory, require_empty
 from weights.errors import RunError
 
 
@@ -52,6 +53,22 @@ def test_folders_that_hold_something_are_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").touch()
     assert create_words(tmp_path) == f"{tmp_path} already holds a finished run; give another --output."
     assert {entry.name for entry in tmp_path.iterdir()} == {"notes.txt", "recipe.toml", "summary.json"}
+
+
+def test_what_cannot_be_made_is_known_before_there_is_anything_to_lose(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "shut").mkdir(mode=0o500)
+    for place in (tmp_path / "file", tmp_path / "file" / "deep" / "run"):
+        with pytest.raises(RunError) as error:
+            require_empty(place)
+        assert str(error.value) == (
+            f"--output {place} cannot be a folder, since {tmp_path / 'file'} is a file; give another --output."
+        )
+    require_empty(tmp_path / "new" / "run")
+    if os.access(tmp_path / "shut", os.W_OK):  # root may write everywhere
+        return
+    with pytest.raises(RunError, match=r"run cannot be created, since .*shut cannot be written; give another --output"):
+        require_empty(tmp_path / "shut" / "run")
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

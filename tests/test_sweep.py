@@ -308,6 +308,8 @@ def test_values_that_cannot_be_tried(done: Done, tmp_path: Path) -> None:
     for typed, said in (
         ({"lr": "0.01,auto"}, "--lr has 0.01 twice; name each value once."),
         ({"shots": "5,5"}, "--shots has 5 twice; name each value once."),
+        ({"shots": "all,5,all"}, "--shots has all twice; name each value once."),
+        ({"weight_decay": "auto,auto"}, "--weight-decay has auto twice; name each value once."),
         (
             {"train_layers": ["fc,layer4", "fc", "layer4, fc"]},
             "--train-layers has fc,layer4 twice; name each value once.",

@@ -191,6 +191,7 @@ def test_convert_refuses_what_it_cannot_read_and_writes_nothing(original: Path) 
     torch.save({"weight": torch.ones(2), "rogue": Rogue()}, "rogue.ckpt")
     Path("cut.pth").write_bytes(original.read_bytes()[:1000])
     torch.save({"weight": torch.eye(3).to_sparse()}, "sparse.pt")
+    torch.save({"weight": torch.tensor([1.0, float("nan")])}, "nan.pth")
     before = there()
     assert said("weights", "convert", "none.pth", code=1) == (
         "Could not read the weights none.pth (No such file or directory); give a file that can be read."
@@ -203,6 +204,9 @@ def test_convert_refuses_what_it_cannot_read_and_writes_nothing(original: Path) 
     )
     assert said("weights", "convert", "sparse.pt", code=1).startswith(
         "sparse.pt was not loaded: it holds sparse, quantised or nested tensors, or some without values; save its "
+    )
+    assert said("weights", "convert", "nan.pth", code=1) == (
+        "The weights (nan.pth) hold NaN or infinite values in weight; they are spoilt, so give others."
     )
     assert said("weights", "convert", "rogue.ckpt", "--output", "out.pth", code=2) == (
         "--output out.pth is written as safetensors; give a name that ends in .safetensors."

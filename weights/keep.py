@@ -16,6 +16,7 @@ import safetensors.torch
 
 from weights.arch import Arch
 from weights.atomic import write_atomically
+from weights.check import check_finite
 from weights.errors import RunError, UsageError, WeightsError
 from weights.fetch import download, has_source
 from weights.inventory import describe
@@ -106,7 +107,7 @@ def convert(path: Path, output: Path | None = None, *, force: bool = False) -> K
     Raises:
         UsageError: the output is a folder or is not named as safetensors, or the file is a folder.
         WeightsError: the output exists, or the file is missing, damaged, unsafe, or holds tensors that safetensors
-            cannot.
+            cannot, or values that are no numbers.
         RunError: the output cannot be written.
     """
     if path.is_dir():
@@ -120,6 +121,7 @@ def convert(path: Path, output: Path | None = None, *, force: bool = False) -> K
     if target.exists() and not force:
         raise WeightsError(f"{target} exists and was kept; give --force to replace it, or another --output.")
     tensors = read_tensors(path)
+    check_finite(path.name, tensors)
     try:
         # clone: safetensors refuses tensors that share memory, and tied weights do
         plain = {name: tensors[name].clone().contiguous() for name in sorted(tensors)}
