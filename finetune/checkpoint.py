@@ -19,7 +19,7 @@ from finetune.rundir import CHECKPOINT
 from weights.errors import RunError
 from weights.guard import shortened, told
 
-FORMAT = 4  # counts up whenever a checkpoint of before would go on to another result
+FORMAT = 5  # counts up whenever a checkpoint of before would go on to another result
 
 
 def pack(

@@ -8,8 +8,10 @@ How it is found, without a line about any architecture:
    node, called as it is, so its own Python (train mode, dropout, control flow) keeps working. Only modules that mix
    trained and frozen children are traced through. One that cannot be traced becomes a single node, and tracing starts
    again: the cut then lies before it.
-2. Every node that uses a trained parameter, or anything computed from one, is coloured.
-3. The cut lies where uncoloured values enter coloured nodes; these values are the features.
+2. Every node that uses a trained parameter, or anything computed from one, is coloured, and so is dropout with nothing
+   frozen behind it (`finetune/dropout.py`).
+3. The cut lies where uncoloured values enter coloured nodes; these values are the features. Sizes that are the same
+   whatever the images are written into the suffix as numbers.
 
 The suffix shares the model's own modules under their own names: training the suffix trains the model.
 """
@@ -28,7 +30,8 @@ from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch.fx import graph_module
 
-from finetune.layers import Selection, is_inside
+from finetune.dropout import colour_dropout, follow_mode
+from finetune.layers import Selection, is_inside, remembers
 
 MAX_RETRACES = 200  # one per module that cannot be traced; the largest timm models have fewer stages than that
 
@@ -130,20 +133,30 @@ def cut_model(model: nn.Module, selection: Selection, sample: torch.Tensor) -> C
         return Cut(None, model, (), "every layer trains")
     model.eval()
     try:
-        graph = _trace_around(model, selection)
+        with _nothing_remembered(model):
+            graph = _trace_around(model, selection)
     except RetraceError as error:
         return Cut(None, model, (), f"the model cannot be traced ({_first_line(error)})")
     coloured = _colour(graph, selection)
+    colour_dropout(model, graph, coloured)
     runs = [(part, _run(model, graph, part)) for part in (sample, sample[:1])]
+    constants: dict[fx.Node, Any] = {}
     crossing = _crossing(graph, coloured)
     while odd := [n for n in crossing if not all(_has_rows(values[n], len(part)) for part, values in runs)]:
-        # Sizes, constants and tables whose rows are no images cannot be cached: the suffix computes them again.
+        # Constants and tables whose rows are no images cannot be cached: the suffix computes them again.
+        constants |= {n: runs[0][1][n] for n in odd if _is_fixed_size(*(values[n] for _, values in runs))}
         coloured.update(odd)
-        crossing = _crossing(graph, coloured)
+        coloured.difference_update(constants)
+        crossing = [node for node in _crossing(graph, coloured) if node not in constants]
     if not crossing or all(node.op == "placeholder" for node in crossing):
         return Cut(None, model, (), "no frozen layer comes before the first trained one")
+    if any(node.op == "placeholder" for node in crossing):
+        return Cut(None, model, (), "what trains needs the images beside what the frozen layers make of them")
     prefix = _prefix(model, graph, crossing)
-    suffix = _suffix(model, graph, coloured, crossing)
+    suffix = _suffix(model, graph, coloured, crossing, constants)
+    missing = sorted(set(selection.trained) - {name for name, _ in suffix.named_parameters(remove_duplicate=False)})
+    if missing and (used := _used(model, missing, sample)):
+        return Cut(None, model, (), f"{used[0]} trains, and tracing the model does not show where it is used")
     trained = {id(value) for value in (*suffix.parameters(), *suffix.buffers())}
     if any(id(value) in trained for value in (*prefix.parameters(), *prefix.buffers())):
         prefix = copy.deepcopy(prefix)  # both halves read it, and the suffix moves to its device alone
@@ -213,6 +226,28 @@ def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim >= 1 and value.shape[0] == rows and value.is_floating_point()
 
 
+def _is_fixed_size(*values: Any) -> bool:
+    """Tell whether a value is a whole number, or several, that do not depend on how many images there are."""
+    first = values[0]
+    parts = first if isinstance(first, tuple | list) else (first,)
+    return all(type(part) is int for part in parts) and all(value == first for value in values)
+
+
+@contextmanager
+def _nothing_remembered(model: nn.Module) -> Iterator[None]:
+    """Trace what attention computes from its biases, instead of the result it remembers in eval mode (LeViT's kind)."""
+
+    def forget() -> None:
+        for module in filter(remembers, model.modules()):
+            module.attention_bias_cache.clear()  # type: ignore[operator, union-attr]
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()  # what was traced is no tensor
+
+
 def _prefix(model: nn.Module, graph: fx.Graph, crossing: list[fx.Node]) -> fx.GraphModule:
     """Copy what the crossing values are computed from; the output is the tuple of them."""
     needed = set(crossing)
@@ -228,14 +263,37 @@ def _prefix(model: nn.Module, graph: fx.Graph, crossing: list[fx.Node]) -> fx.Gr
     return fx.GraphModule(model, part, "Prefix").eval()
 
 
-def _suffix(model: nn.Module, graph: fx.Graph, coloured: set[fx.Node], crossing: list[fx.Node]) -> fx.GraphModule:
+def _suffix(
+    model: nn.Module,
+    graph: fx.Graph,
+    coloured: set[fx.Node],
+    crossing: list[fx.Node],
+    constants: dict[fx.Node, Any],
+) -> fx.GraphModule:
     """Copy the coloured part; crossing values become its inputs, frozen parameters that it reads come along."""
     part = fx.Graph()
-    copies = {node: part.placeholder(node.name) for node in crossing}
+    copies: dict[fx.Node, Any] = {node: part.placeholder(node.name) for node in crossing}
+    copies |= constants
     for node in graph.nodes:
         if node in coloured or (node.op == "get_attr" and any(user in coloured for user in node.users)):
             copies[node] = part.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(model, part, "Suffix")
+    suffix = fx.GraphModule(model, part, "Suffix")
+    follow_mode(model, suffix)
+    return suffix
+
+
+def _used(model: nn.Module, names: list[str], sample: torch.Tensor) -> list[str]:
+    """Return which of the parameters the model's training depends on; networks may have some that they do not use."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with torch.random.fork_rng(devices=[]):
+        outputs = model.train()(sample)
+    logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    slopes = torch.autograd.grad(logits.sum(), [parameters[name] for name in names], allow_unused=True)
+    model.eval()
+    for name, value in model.named_buffers():
+        value.copy_(before[name])
+    return [name for name, slope in zip(names, slopes, strict=True) if slope is not None]
 
 
 def _agree(model: nn.Module, prefix: nn.Module, suffix: nn.Module, sample: torch.Tensor) -> bool:

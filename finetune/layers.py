@@ -95,18 +95,35 @@ def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(self, False)
 
 
+def stays_in_eval(module: nn.Module) -> bool:
+    """Tell whether `freeze` has made a module stay in eval mode."""
+    return getattr(module.train, "__func__", None) is _stay_in_eval
+
+
+def remembers(module: nn.Module) -> bool:
+    """Tell whether a module keeps in eval mode what it made of its parameters, as timm's LeViT and its kin do."""
+    return isinstance(getattr(module, "attention_bias_cache", None), dict)
+
+
+def _trains(name: str, selection: Selection) -> bool:
+    return any(is_inside(parameter, name) for parameter in selection.trained)
+
+
 def freeze(model: nn.Module, selection: Selection) -> None:
     """Freeze everything outside `selection`: no gradients, and eval mode that `.train()` on a parent does not lift.
 
     A module without parameters and buffers that stands outside every frozen module (a dropout before the head) still
     follows `.train()`, because it belongs to what trains.
     A module of which only single parameters are named (a batch norm's weight) stays in eval mode: its statistics are
-    frozen.
+    frozen. Not so attention whose biases train and that remembers in eval mode what it made of them.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(selection.covers(name))
     trained = [name for name, _ in model.named_modules() if selection.covers(name)]
+    forgetful = [name for name, module in model.named_modules() if remembers(module) and _trains(name, selection)]
     for name, module in model.named_modules():
+        if any(is_inside(other, name) for other in forgetful):
+            continue  # its layers below stay in eval mode each by itself
         if any(is_inside(name, other) or is_inside(other, name) for other in trained):
             continue
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:

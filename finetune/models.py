@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
@@ -13,11 +13,11 @@ from torch import nn
 
 from finetune.arch import network_settings, resolve_network, settings_with_weights
 from finetune.augment import Preprocessing
-from finetune.layers import Selection, freeze, select_layers
+from finetune.layers import Selection, freeze, is_inside, select_layers
 from finetune.rates import parse_scales, require_scaled, scales_in
 from finetune.recipe import Recipe
 from weights.arch import Arch
-from weights.errors import UsageError
+from weights.errors import ShapeError, UsageError, WeightsError
 from weights.load import Account, load_into, read_tensors
 from weights.locate import Found, locate
 
@@ -118,14 +118,19 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
     head = head_names(arch)
     account = None
     if found.path is not None:
-        account = load_into(
-            model,
-            read_tensors(found.path),
-            head=head,
-            allow_missing=recipe.allow_missing,
-            where=found.source,
-            keep_head=recipe.keep_head,
-        )
+        tensors = read_tensors(found.path)
+        try:
+            account = load_into(
+                model,
+                tensors,
+                head=head,
+                allow_missing=recipe.allow_missing,
+                where=found.source,
+                keep_head=recipe.keep_head,
+            )
+        except ShapeError as error:
+            _require_own_size(arch, size, settings, head, tensors, found.source, error)
+            raise
     selection = select_layers(model, recipe.train_layers, head)
     freeze(model, selection)
     loaded = set(account.loaded) if account else set()
@@ -141,6 +146,32 @@ def prepare_model(recipe: Recipe, classes: int, found: Found | None = None) -> P
         sha256=account.sha256 if account else None,
         account=account,
     )
+
+
+def _require_own_size(
+    arch: Arch,
+    size: int,
+    settings: dict[str, Any],
+    head: Sequence[str],
+    given: Mapping[str, torch.Tensor],
+    where: str,
+    error: ShapeError,
+) -> None:
+    """Say so where weights do not fit because of the image size: at their own every shape is right.
+
+    Raises:
+        WeightsError: with the size that they are for.
+    """
+    usual = int(arch.config["input_size"][-1])
+    if size == usual:
+        return
+    own = outline(arch, 2, usual, settings).state_dict()
+    body = {name: value for name, value in own.items() if not any(is_inside(name, module) for module in head)}
+    if all(name in given and given[name].shape == value.shape for name, value in body.items()):
+        raise WeightsError(
+            f"The weights ({where}) are those of {arch.name} for {usual} × {usual} pixels, and some of them cannot be "
+            f"brought to {size} × {size}; leave --image-size out."
+        ) from error
 
 
 def build(
@@ -168,7 +199,7 @@ def build(
         return timm.create_model(arch.full_name, pretrained=False, num_classes=classes, **model_args), model_args
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{arch.name} cannot be built for {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
+            f"{arch.name} cannot be built for {size} × {size} pixels{_because(error)}; its pretrained size is "
             f"{arch.config['input_size'][-1]}: leave --image-size out."
         ) from error
 
@@ -225,11 +256,12 @@ def check_size(model: nn.Module, arch: Arch, size: int) -> None:
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
         usual = arch.config["input_size"][-1]
         raise UsageError(
-            f"{arch.name} cannot take images of {size} × {size} pixels ({_first_line(error)}); its pretrained size is "
+            f"{arch.name} cannot take images of {size} × {size} pixels{_because(error)}; its pretrained size is "
             f"{usual}: choose {'a larger' if size < usual else 'another'} --image-size, or leave it out."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return shorten(line, 120, placeholder=" ...")  # at a space: half a number would be another number
+def _because(error: Exception) -> str:
+    """Return an error's first line in brackets; an assertion may have none."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f" ({shorten(line, 120, placeholder=' ...')})" if line else ""  # at a space: half a number would be another

@@ -87,7 +87,7 @@ def layer_table(arch_name: str, train_layers: tuple[str, ...], *, classes: int =
             name,
             type(module).__name__,
             sum(size for parameter, size in sizes.items() if is_inside(parameter, name)),
-            by_name.get(name, 0) / max(whole, 1),
+            _work(model, name, by_name) / max(whole, 1),
             _trains(selection, name),
         )
         for name, module in model.named_modules()
@@ -122,6 +122,13 @@ def count_work(model: nn.Module, images: torch.Tensor) -> tuple[int, dict[str, i
         if name.startswith(prefix)
     }
     return counter.get_total_flops(), by_name
+
+
+def _work(model: nn.Module, name: str, by_name: dict[str, int]) -> int:
+    """Return a module's work: what was counted in it or, where its own forward is not called, in those below it."""
+    if name in by_name:
+        return by_name[name]
+    return sum(_work(model, f"{name}.{child}", by_name) for child, _ in model.get_submodule(name).named_children())
 
 
 def _trains(selection: Selection, name: str) -> str:

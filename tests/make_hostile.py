@@ -80,8 +80,9 @@ def write_finished(folder: Path, **summary: Any) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row_of(epoch)) + "\n" for epoch in (1, 2)))
     (folder / "recipe.toml").write_text(to_toml(Recipe()))
     (folder / "config.json").write_text(json.dumps({"label_names": CLASSES}))
-    generator = torch.Generator().manual_seed(len(folder.name))
-    logits, labels = torch.rand(6, len(CLASSES), generator=generator), torch.arange(6) % len(CLASSES)
+    labels = torch.arange(6) % len(CLASSES)
+    guesses = torch.where(torch.arange(6) < 3, labels, (labels + 1) % len(CLASSES))  # half of them, as in the summary
+    logits = torch.eye(len(CLASSES))[guesses]
     none = torch.zeros(0, dtype=torch.int64)
     write_predictions(folder / "predictions.safetensors", Predictions(logits, labels, none, none))
     return folder

@@ -240,6 +240,8 @@ def test_layers_json() -> None:
 
 
 def test_layers_errors() -> None:
+    table = json.loads(invoke("layers", "crossvit_9_240", "--json").stdout)  # whose lists of branches are never called
+    assert sum(row["share"] for row in table["rows"]) == pytest.approx(1, abs=0.01)
     words = error("layers", "resnet18", "--train-layers", "layer5", code=2)
     assert words.startswith("'layer5' names no layer of this model; did you mean layer4, layer3 or layer2?")
     assert 'Unknown architecture "resnet81"; did you mean' in error("layers", "resnet81", code=2)

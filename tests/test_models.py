@@ -14,10 +14,10 @@ import torch
 from make_run import tiny_recipe, write_weights
 from torch import nn
 
-from finetune.models import build, find_weights, prepare_model, preprocessing_of
+from finetune.models import build, check_size, find_weights, prepare_model, preprocessing_of
 from finetune.recipe import Recipe
 from weights.arch import resolve_arch
-from weights.errors import UsageError
+from weights.errors import UsageError, WeightsError
 from weights.save import write_config
 
 
@@ -54,6 +54,33 @@ def test_a_run_at_another_size_is_built_at_that_size(run_at_96: Path) -> None:
     assert prepared.account.resized == ()
     kept = safetensors.torch.load_file(run_at_96 / "model.safetensors")["pos_embed"]
     assert torch.equal(prepared.model.get_parameter("pos_embed"), kept)
+
+
+def test_weights_that_fit_their_own_size_alone(tmp_path: Path) -> None:
+    """LeViT's table of attention biases has a row for each offset, and timm does not resize it."""
+    weights = tmp_path / "levit_128s.safetensors"
+    safetensors.torch.save_file(timm.create_model("levit_128s").state_dict(), weights)
+    with pytest.raises(WeightsError) as error:
+        prepare_model(recipe(weights, "levit_128s", train_layers=("head",), image_size=128), 3)
+    assert str(error.value) == (
+        "The weights (local file levit_128s.safetensors) are those of levit_128s for 224 × 224 pixels, and some of "
+        "them cannot be brought to 128 × 128; leave --image-size out."
+    )
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(timm.create_model("levit_128").state_dict(), other)
+    with pytest.raises(WeightsError, match="are those of another network"):
+        prepare_model(recipe(other, "levit_128s", train_layers=("head",), image_size=128), 3)
+
+
+def test_an_assertion_without_words_leaves_no_empty_bracket() -> None:
+    class Halo(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
+    with pytest.raises(
+        UsageError, match=r"^test_vit cannot take images of 32 × 32 pixels; its pretrained size is 160: "
+    ):
+        check_size(Halo(), resolve_arch("test_vit"), 32)
 
 
 @pytest.mark.parametrize("size", [64, 160])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weights.errors import UsageError, WeightsError, near_matches
+from weights.errors import ShapeError, UsageError, WeightsError, near_matches
 from weights.guess import guess_network
 from weights.torch_file import SMALL
 
@@ -156,7 +156,8 @@ def check_complete(
         keep_head: whether training goes on from a checkpoint, which has to be whole.
 
     Raises:
-        WeightsError: with the missing tensors grouped by layer, the wrong ones with both shapes, and the way on.
+        WeightsError: with the missing tensors grouped by layer, the wrong ones with both shapes, and the way on; a
+            ShapeError where there are wrong ones.
     """
     wrong = [f"{n} {reason}" for n, t in needed.items() if n in given and (reason := misfit(given[n], t))]
     if not missing and not wrong:
@@ -172,7 +173,8 @@ def check_complete(
         problems.append(f"wrong shape: {some(wrong)}")
     if wrong and not missing:
         ways = ["give the weights of this --arch"]
-    raise WeightsError(
+    kind = ShapeError if wrong else WeightsError
+    raise kind(
         f"The weights ({where}) do not fit {name}{_hint(given, needed)}: {'; '.join(problems)}. "
         f"Next: {', or '.join(ways)}."
     )

@@ -41,6 +41,10 @@ class WeightsError(FinetuneError):
     """Weights that are missing, damaged, unsafe to read, or belong to another network."""
 
 
+class ShapeError(WeightsError):
+    """Weights of which some tensors have another shape than the network's."""
+
+
 class DataError(FinetuneError):
     """Data that are missing, damaged or not what they seem."""
 
