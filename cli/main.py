@@ -116,6 +116,8 @@ def main() -> None:
 
 def _output_error(text: str) -> OSError | None:
     """Return what keeps a text, after all that went before, from standard output, if anything does."""
+    if sys.stdout is None:  # closed before this program began: nobody wants to read it
+        return None
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -158,7 +158,7 @@ def require_page(path: Path, option: str) -> None:
         with path.open("rb") as file:
             return GENERATOR.encode() in file.read(2000)
 
-    _require_file(path, option, is_page, "page of this program's")
+    _require_file(path, option, is_page, "page of this version")
 
 
 def require_predictions(path: Path, option: str) -> None:
@@ -185,8 +185,10 @@ def _require_file(path: Path, option: str, may_go: Callable[[], bool], what: str
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give the name of a file.")
     try:
-        if path.exists() and not may_go():
-            raise UsageError(f"{option} {path} is there already and is no {what}, so it is kept; give another name.")
+        if path.exists() and not (path.is_file() and may_go()):
+            raise UsageError(
+                f"{option} {path} is there already and is not known as a {what}, so it is kept; give another name."
+            )
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be read ({error.strerror}); give another name.") from error
     if not os.access(path.absolute().parent, os.W_OK):

@@ -27,6 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from finetune.machine import user_cache
+from finetune.placement import DISK_RESERVE, free_disk
 from weights.atomic import write_atomically
 from weights.errors import RunError
 from weights.guard import parse_json, read_bytes, read_json, refuse_link
@@ -288,6 +289,11 @@ class Stored:
     used: float
     about: dict[str, Any]
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether it holds decoded photos (`finetune/decoded.py`), which are made again sooner than features."""
+        return "decoded" in self.about
+
 
 def list_entries(cache_dir: Path) -> list[Stored]:
     """Return the entries of a cache folder, the most recently used first."""
@@ -326,12 +332,20 @@ def clear(cache_dir: Path, entries: Sequence[Stored]) -> int:
     return freed
 
 
+def room_on_disk(cache_dir: Path) -> int:
+    """Return the bytes that features may take of the disk: what is free, and what decoded photos take."""
+    photos = sum(entry.bytes for entry in list_entries(cache_dir) if entry.gives_way)
+    return free_disk(cache_dir) - DISK_RESERVE + photos
+
+
 def make_room(cache_dir: Path, needed: int, limit: int, keep: Sequence[str]) -> None:
-    """Delete least recently used entries until `needed` more bytes fit under `limit`; entries in `keep` stay."""
+    """Delete least recently used entries until `needed` more bytes fit under `limit`; entries in `keep` stay.
+
+    Where the disk has less, decoded photos go as well.
+    """
     entries = list_entries(cache_dir)
     used = sum(entry.bytes for entry in entries)
     for entry in reversed(entries):
-        if used + needed <= limit:
-            return
-        if entry.key not in keep:
+        short = entry.gives_way and needed > free_disk(cache_dir) - DISK_RESERVE
+        if entry.key not in keep and (used + needed > limit or short):
             used -= clear(cache_dir, [entry])

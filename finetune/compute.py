@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from finetune.augment import Views
-from finetune.cache import default_cache_dir
+from finetune.cache import default_cache_dir, room_on_disk
 from finetune.cut import Cut
 from finetune.device import PREFIX_BATCH, device_name, prefix_batch, settle
 from finetune.events import Events
@@ -377,7 +377,7 @@ def _place(
     placement = place(
         needed,
         mode=recipe.cache,
-        cache_dir=cache_folder(recipe),
+        free=room_on_disk(cache_folder(recipe)),
         limit=parse_bytes(recipe.cache_limit, "--cache-limit"),
         memory=memory_budget(recipe) if recipe.memory_budget or left is None else min(memory_budget(recipe), left),
         held=held,

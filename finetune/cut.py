@@ -32,6 +32,7 @@ from torch.fx import graph_module
 
 from finetune.dropout import colour_dropout, follow_mode
 from finetune.layers import Selection, is_inside, remembers
+from weights.errors import UsageError
 
 MAX_RETRACES = 200  # one per module that cannot be traced; the largest timm models have fewer stages than that
 
@@ -128,6 +129,9 @@ def cut_model(model: nn.Module, selection: Selection, sample: torch.Tensor) -> C
     Returns:
         The cut, with suffix(*prefix(sample)) equal to model(sample), or an uncut one with its reason. Either way the
         model is left in eval mode.
+
+    Raises:
+        UsageError: the model does not use what is selected.
     """
     if selection.covers(""):
         return Cut(None, model, (), "every layer trains")
@@ -155,6 +159,10 @@ def cut_model(model: nn.Module, selection: Selection, sample: torch.Tensor) -> C
     prefix = _prefix(model, graph, crossing)
     suffix = _suffix(model, graph, coloured, crossing, constants)
     missing = sorted(set(selection.trained) - {name for name, _ in suffix.named_parameters(remove_duplicate=False)})
+    if len(missing) == len(selection.trained) and not _used(model, missing, sample):
+        raise UsageError(
+            f"The network has {missing[0]} and does not use it, so nothing would train; name layers that it uses."
+        )
     if missing and (used := _used(model, missing, sample)):
         return Cut(None, model, (), f"{used[0]} trains, and tracing the model does not show where it is used")
     trained = {id(value) for value in (*suffix.parameters(), *suffix.buffers())}
@@ -289,7 +297,10 @@ def _used(model: nn.Module, names: list[str], sample: torch.Tensor) -> list[str]
     with torch.random.fork_rng(devices=[]):
         outputs = model.train()(sample)
     logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    slopes = torch.autograd.grad(logits.sum(), [parameters[name] for name in names], allow_unused=True)
+    wanted = [parameters[name] for name in names]
+    slopes = (
+        torch.autograd.grad(logits.sum(), wanted, allow_unused=True) if logits.requires_grad else [None] * len(names)
+    )
     model.eval()
     for name, value in model.named_buffers():
         value.copy_(before[name])

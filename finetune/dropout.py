@@ -1,8 +1,7 @@
 """Dropout around the cut: on in training behind everything frozen, off before it and in evaluation.
 
 A dropout that is a module follows `.train()` where the suffix holds it. One that is a function was traced in eval mode,
-with `training=False` for good, so it becomes a module. Dropout in front of frozen layers stays off: what these give is
-computed once.
+with `training=False` for good, so it becomes a module. Dropout in front of what is computed once stays off.
 """
 
 from __future__ import annotations
@@ -85,7 +84,8 @@ def _input(node: fx.Node) -> fx.node.Argument:
 def _in_frozen_module(model: nn.Module, node: fx.Node) -> bool:
     """Tell whether a node was traced within a module that stays in eval mode."""
     stack = node.meta.get("nn_module_stack", {})
-    path = str(node.target) if node.op == "call_module" else next(reversed(stack), "")
+    # Its keys count the calls of a module; the values begin with its name.
+    path = str(node.target) if node.op == "call_module" else [name for name, _ in stack.values()][-1] if stack else ""
     parts = path.split(".")
     return any(stays_in_eval(model.get_submodule(".".join(parts[:count]))) for count in range(1, len(parts) + 1))
 

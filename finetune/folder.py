@@ -297,13 +297,12 @@ def class_folders(folder: Path) -> Iterator[Path]:
 
 
 def holds_runs(folder: Path) -> bool:
-    """Tell whether a folder holds a run directory, or is one, and holds no image.
+    """Tell whether a folder holds run directories, at any depth, or is one, and holds no image.
 
     `finetune run --data .` writes runs/ among the classes.
     """
-    if any(is_image(file) for file in walk(folder)):
-        return False
-    return any((place / name).is_file() for place in (folder, *subfolders(folder)) for name in (RECIPE, SWEEP))
+    names = {RECIPE, SWEEP}
+    return not any(is_image(file) for file in walk(folder)) and any(file.name in names for file in walk(folder))
 
 
 def walk(folder: Path) -> Iterator[Path]:

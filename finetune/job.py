@@ -2,8 +2,8 @@
 
     recipe ──► data ──► model ──► cut ──► how to compute ──► plan
 
-`finetune run` and `finetune plan` both come through here, so they cannot disagree. Nothing is written but remembered
-timings.
+`finetune run` and `finetune plan` both come through here, so they cannot disagree. Nothing is written but caches:
+remembered timings, and decoded photos.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def place(
     needed: int,
     *,
     mode: str,
-    cache_dir: Path,
+    free: int,
     limit: int,
     memory: int,
     held: int,
@@ -74,7 +74,7 @@ def place(
     Args:
         needed: bytes of all features.
         mode: auto, ram, disk or off.
-        cache_dir: folder of the cache.
+        free: bytes that features may take on the cache's disk.
         limit: most bytes the cache may take.
         memory: most bytes of the computer's memory for features.
         held: bytes of these features that are on disk already.
@@ -100,7 +100,6 @@ def place(
         return Placement(where, False, needed, f"{text}, nothing on disk")
     if mode == "auto" and where and quick and held < needed:
         return Placement(where, False, needed, f"{text}, not kept: a disk is slower than computing them again")
-    free = free_disk(cache_dir) - DISK_RESERVE
     if needed <= limit and needed - held <= free:
         if where and mode == "auto":
             return Placement(where, True, needed, f"{text}, kept on disk for the next run")

@@ -264,11 +264,11 @@ class Plan:
         if not self.feature_views:
             rows = "no features to compute, " if self.placement.ahead else ""
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} of {duration(self.epoch_seconds)}"
-        epochs = f"{self.epochs - self.done} left of {epochs}" if self.done else epochs
-        if self.budget is not None and self.epochs_in_budget < self.epochs:
+        if self.budget is not None and self.epochs_in_budget < self.epochs and not self.done:
             epochs = f"about {self.epochs_in_budget:.1f} of {epochs}"
             lines.append(f"expected: {rows}{epochs}, ended by --budget after {duration(self.budget)}")
         else:
+            epochs = f"{self.epochs - self.done} left of {epochs}" if self.done else epochs
             within = "" if self.budget is None else f", within --budget, {duration(self.budget)}"
             lines.append(f"expected: {rows}{epochs}, {duration(self.total_seconds)} in all{within}")
         return lines

@@ -203,7 +203,8 @@ def require_empty(output: Path, *, locked: bool = False) -> None:
     if not output.is_dir():
         there = next(place for place in (output, *output.absolute().parents) if place.exists() or place.is_symlink())
         if not there.is_dir():
-            raise RunError(f"--output {output} cannot be a folder, since {there} is a file; give another --output.")
+            found = "a file" if there.exists() else "a link to nothing"
+            raise RunError(f"--output {output} cannot be a folder, since {there} is {found}; give another --output.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise RunError(f"{output} cannot be created, since {there} cannot be written; give another --output.")
         return

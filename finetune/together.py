@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from finetune.augment import Views
-from finetune.cache import Entry, key_of, make_room
+from finetune.cache import Entry, key_of, make_room, room_on_disk
 from finetune.compute import cache_folder, memory_budget, quicker_than_disk
 from finetune.device import PREFIX_BATCH
 from finetune.events import Events
@@ -85,7 +85,7 @@ def place_together(jobs: Sequence[Job], subsets: Sequence[Subset]) -> Placement 
         placement = place(
             needed,
             mode=recipe.cache,
-            cache_dir=cache_folder(recipe),
+            free=room_on_disk(cache_folder(recipe)),
             limit=parse_bytes(recipe.cache_limit, "--cache-limit"),
             memory=min([memory_budget(recipe), *left]),
             held=held,

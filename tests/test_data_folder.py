@@ -223,7 +223,7 @@ def test_folders_of_runs_among_the_classes(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "made", 12, 0)
     (tmp_path / "made" / "train").rename(photos)
     before = read_folder(photos, image_size=24)
-    for run in (photos / "runs" / "resnet18-photos-0001", photos / "by-hand"):
+    for run in (photos / "runs" / "resnet18-photos-0001", photos / "by-hand", photos / "out" / "of" / "sight"):
         run.mkdir(parents=True)
         for name in (RECIPE, "model.safetensors", "report.html"):
             (run / name).touch()
@@ -232,7 +232,7 @@ def test_folders_of_runs_among_the_classes(tmp_path: Path) -> None:
     raw = read_folder(photos, image_size=24)
     assert (raw.train.classes, len(raw.train)) == (before.train.classes, len(before.train))
     assert raw.notes == tuple(
-        f"{photos / name} passed over: it holds runs and no images." for name in ("by-hand", "runs")
+        f"{photos / name} passed over: it holds runs and no images." for name in ("by-hand", "out", "runs")
     )
     assert survey_folder(photos).classes == before.train.classes
     (photos / "runs" / "resnet18-photos-0001" / RECIPE).unlink()

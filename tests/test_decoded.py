@@ -218,6 +218,23 @@ def test_images_make_no_room_for_themselves_but_for_features(photos: Path) -> No
 
 
 @pytest.mark.usefixtures("at_once")
+def test_where_the_disk_is_short_photos_give_way_and_features_do_not(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = photos.parent / "cache"
+    read(photos)
+    features = root / "features" / "older"
+    features.mkdir()
+    (features / "about.json").write_text("{}")
+    os.utime(features, (0, 0))
+    monkeypatch.setattr(cache, "free_disk", lambda _: cache.DISK_RESERVE + 1000)
+    make_room(root, 1000, LIMIT, [])
+    assert len(list_entries(root)) == 2, "there is room"
+    make_room(root, 1001, LIMIT, [])
+    assert [entry.key for entry in list_entries(root)] == ["older"]
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_disk_that_is_nearly_full(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoded.DISK_RESERVE == placement.DISK_RESERVE
     monkeypatch.setattr(decoded, "DISK_RESERVE", 10**18)

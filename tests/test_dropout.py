@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from finetune.cut import Cut, cut_model
 from finetune.layers import Selection, freeze, select_layers
+from weights.errors import UsageError
 
 
 def prepared(arch: str | nn.Module, layers: tuple[str, ...], size: int = 32, **settings: Any) -> tuple[nn.Module, Cut]:
@@ -213,3 +214,34 @@ def test_images_are_no_features() -> None:
         None,
         "what trains needs the images beside what the frozen layers make of them",
     )
+
+
+class Twice(nn.Module):
+    """A block that is called twice, and drops in between."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(functional.dropout(self.a(x), 0.5, self.training))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 4, 3), Twice.Block(), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.block(self.stem(x).mean((2, 3)))))
+
+
+def test_a_block_that_is_called_twice_drops_twice() -> None:
+    model, cut = prepared(Twice(), ("block.b", "head"))
+    assert sum(type(module) is nn.Dropout for module in cut.suffix.modules()) == 2
+    halves, whole = outputs(model, cut, torch.randn(4, 3, 32, 32), 3)
+    assert torch.allclose(halves, whole)
+
+
+def test_layers_that_the_network_does_not_use() -> None:
+    with pytest.raises(UsageError, match=r"^The network has spare.bias and does not use it, so nothing would train"):
+        prepared(Odd(), ("spare",))

@@ -44,12 +44,14 @@ def test_anything_else_is_kept(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as error:
             require_page(tmp_path / name, "--html")
         assert str(error.value) == (
-            f"--html {tmp_path / name} is there already and is no page of this program's, so it is kept; give another "
-            "name."
+            f"--html {tmp_path / name} is there already and is not known as a page of this version, so it is kept; "
+            "give another name."
         )
     (tmp_path / "page.html").write_text(html_page("a", ["<p>b</p>"]))
     for name in ("other.html", "photo.jpg", "empty", "page.html"):
-        with pytest.raises(UsageError, match="is there already and is no file of predictions, so it is kept"):
+        with pytest.raises(
+            UsageError, match="is there already and is not known as a file of predictions, so it is kept"
+        ):
             require_predictions(tmp_path / name, "--output")
     for require in (require_page, require_predictions):
         with pytest.raises(UsageError, match="is a folder; give the name of a file"):
@@ -69,7 +71,7 @@ def test_commands_ask_before_they_begin(tmp_path: Path, words: tuple[str, ...]) 
     model.write_bytes(b"weights")
     done = CliRunner().invoke(app, [*words, str(model)])
     assert done.exit_code == 2
-    assert "is there already and is no" in done.stderr
+    assert "is there already and is not known as a" in done.stderr
     assert model.read_bytes() == b"weights"
 
 
@@ -88,6 +90,18 @@ def test_a_full_disk_behind_standard_output(words: tuple[str, ...]) -> None:
     assert done.returncode == 1
     told = "Standard output cannot be written (No space left on device); send it elsewhere, or make room."
     assert " ".join(done.stderr.split()) == f"Error: {told} Files that were written are kept."
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes a stream")
+def test_a_standard_output_that_is_closed() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m cli list --search test_resnet >&-"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_has_seen_enough() -> None:

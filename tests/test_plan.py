@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from finetune.budget import Budget, closing_seconds, keep_time
+from finetune.cache import room_on_disk
 from finetune.placement import DISK_RESERVE, Placement, place, size
 from finetune.plan import Disk, Plan, duration
 from finetune.precision import Choice
@@ -28,7 +30,7 @@ def _disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def placed(needed: int, **settings: Any) -> Placement:
     usual: dict[str, Any] = {
         "mode": "auto",
-        "cache_dir": Path("/nowhere/at/all"),
+        "free": room_on_disk(Path("/nowhere/at/all")),
         "limit": 50 * GB,
         "memory": 8 * GB,
         "held": 0,
@@ -124,8 +126,18 @@ def test_what_a_gpu_computes_faster_than_a_disk_gives_it_back_is_not_kept() -> N
 def test_the_disk_that_is_asked_about_is_the_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(psutil, "disk_usage", lambda path: asked.append(path) or Usage(100 * GB))
-    placed(GB, cache_dir=tmp_path / "not" / "yet" / "there")
+    assert room_on_disk(tmp_path / "not" / "yet" / "there") == 100 * GB - DISK_RESERVE
     assert asked == [str(tmp_path)]
+
+
+def test_decoded_photos_count_as_room(tmp_path: Path) -> None:
+    for key, about in {"photos": {"decoded": 1}, "features": {"prefix": "ab"}}.items():
+        folder = tmp_path / "features" / key
+        folder.mkdir(parents=True)
+        (folder / "about.json").write_text(json.dumps(about))
+        (folder / "tensor-0.bin").write_bytes(b"0" * 1000)
+    photos = sum(file.stat().st_size for file in (tmp_path / "features" / "photos").iterdir())
+    assert room_on_disk(tmp_path) == 100 * GB + photos
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,9 @@ def test_stopped_twice_and_resumed(recipe: Recipe, whole: Path, tmp_path: Path) 
     summary = resume(folder, events=Events(plan=plans.append))
     assert (plans[0].epochs, plans[0].done) == (3, 1)
     assert "2 left of 3 epochs of" in plans[0].sentences()[-1]
+    short = dataclasses.replace(plans[0], budget=plans[0].start_seconds + 0.1).sentences()[-1]
+    assert "left of" in short
+    assert "about" not in short, "how many epochs a budget has left is not known here"
     assert plans[0].total_seconds < dataclasses.replace(plans[0], done=0).total_seconds
     assert model_bytes(folder) == model_bytes(whole)
     assert metrics(folder) == metrics(whole)

@@ -64,6 +64,9 @@ def test_what_cannot_be_made_is_known_before_there_is_anything_to_lose(tmp_path:
         assert str(error.value) == (
             f"--output {place} cannot be a folder, since {tmp_path / 'file'} is a file; give another --output."
         )
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunError, match=r"cannot be a folder, since .*link is a link to nothing; give another"):
+        require_empty(tmp_path / "link" / "run")
     require_empty(tmp_path / "new" / "run")
     if os.access(tmp_path / "shut", os.W_OK):  # root may write everywhere
         return
