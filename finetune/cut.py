@@ -152,18 +152,20 @@ def cut_model(model: nn.Module, selection: Selection, sample: torch.Tensor) -> C
         coloured.update(odd)
         coloured.difference_update(constants)
         crossing = [node for node in _crossing(graph, coloured) if node not in constants]
-    if not crossing or all(node.op == "placeholder" for node in crossing):
+    inputs = [node for node in crossing if _is_input(node)]
+    if inputs == crossing:
         return Cut(None, model, (), "no frozen layer comes before the first trained one")
-    if any(node.op == "placeholder" for node in crossing):
+    if inputs:
         return Cut(None, model, (), "what trains needs the images beside what the frozen layers make of them")
     prefix = _prefix(model, graph, crossing)
     suffix = _suffix(model, graph, coloured, crossing, constants)
     missing = sorted(set(selection.trained) - {name for name, _ in suffix.named_parameters(remove_duplicate=False)})
-    if len(missing) == len(selection.trained) and not _used(model, missing, sample):
+    used = _used(model, missing, sample) if missing else []
+    if not used and len(missing) == len(selection.trained):
         raise UsageError(
             f"The network has {missing[0]} and does not use it, so nothing would train; name layers that it uses."
         )
-    if missing and (used := _used(model, missing, sample)):
+    if used:
         return Cut(None, model, (), f"{used[0]} trains, and tracing the model does not show where it is used")
     trained = {id(value) for value in (*suffix.parameters(), *suffix.buffers())}
     if any(id(value) in trained for value in (*prefix.parameters(), *prefix.buffers())):
@@ -234,6 +236,11 @@ def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim >= 1 and value.shape[0] == rows and value.is_floating_point()
 
 
+def _is_input(node: fx.Node) -> bool:
+    """Tell whether a node stands for the images."""
+    return node.op == "placeholder"  # torch.fx's word for an argument of the graph
+
+
 def _is_fixed_size(*values: Any) -> bool:
     """Tell whether a value is a whole number, or several, that do not depend on how many images there are."""
     first = values[0]
@@ -265,7 +272,7 @@ def _prefix(model: nn.Module, graph: fx.Graph, crossing: list[fx.Node]) -> fx.Gr
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node in needed or node.op == "placeholder":
+        if node in needed or _is_input(node):
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in crossing))
     return fx.GraphModule(model, part, "Prefix").eval()

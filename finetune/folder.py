@@ -301,8 +301,12 @@ def holds_runs(folder: Path) -> bool:
 
     `finetune run --data .` writes runs/ among the classes.
     """
-    names = {RECIPE, SWEEP}
-    return not any(is_image(file) for file in walk(folder)) and any(file.name in names for file in walk(folder))
+    found = False
+    for file in walk(folder):
+        if is_image(file):
+            return False
+        found = found or file.name in (RECIPE, SWEEP)
+    return found
 
 
 def walk(folder: Path) -> Iterator[Path]:
